@@ -1,0 +1,36 @@
+# The whole workflow: `make demo` and `make test` set everything up by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Tests run in two workers; each of their peers trains with one thread.
+WORKERS ?= 2
+
+.PHONY: demo test test-fast check bench wheel clean
+
+demo: $(STAMP)  ## train a small model with real peers on this machine
+	$(BIN)/potluck demo
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
+
+test-fast: $(STAMP)  ## without those that take more than ten seconds or need root
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not privileged" tests
+
+check: $(STAMP)  ## style, types, and the built wheel
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/smoke_wheel.py
+
+bench: $(STAMP)  ## every benchmark, in its quick form
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

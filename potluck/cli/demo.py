@@ -1,0 +1,146 @@
+"""`potluck demo`: a whole run on this machine, with everything that may go wrong on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from potluck.cli.display import megabytes, spark_line
+from potluck.cli.options import JsonOption
+from potluck.errors import NetworkError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from potluck.peer.demo import Demo
+
+
+def demo(
+    fast: Annotated[bool, typer.Option("--fast", help="A shorter run, at most 90 seconds.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to keep homes and the exported model.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small model with an organizer and workers on this machine: see a whole run in minutes.
+
+    A worker joins late, one is killed and comes back, the organizer is killed for good. Ends with the loss curve, a
+    sample and the exported model. With --json the last line is one JSON object.
+
+    Example:  potluck demo --fast
+    """
+    from potluck.peer.demo import FAST, FULL, Demo, quiet_environment
+
+    quiet_environment()
+    out = (out or Path("demo-output")).absolute()
+    live = not as_json and sys.stdout.isatty()
+    lines: list[str] = []
+
+    def say(text: str) -> None:
+        lines.append(text)
+        if not live:
+            print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    # The peers' homes lie in a short path of their own: unix sockets allow 107 characters.
+    homes = Path(tempfile.mkdtemp(prefix="potluck-demo-"))
+    try:
+        figures = asyncio.run(_run(homes, FAST if fast else FULL, Demo, say, live, lines))
+        sample = _export(homes, out)
+    except KeyboardInterrupt:
+        print("demo interrupted; all its processes are gone", file=sys.stderr)
+        raise
+    finally:
+        shutil.rmtree(homes, ignore_errors=True)
+    if as_json:
+        print(json.dumps({**figures, "model": str(out / "model"), "sample": sample}))
+    else:
+        _summary(out, figures, sample)
+    if not (figures["recovered"] and figures["survived_organizer"]):
+        raise NetworkError("the demo's peers did not recover from its faults (see the figures above)")
+
+
+async def _run(root: Path, script: Any, kind: type[Demo], say: Any, live: bool, lines: list[str]) -> dict[str, Any]:
+    from rich.live import Live
+
+    shown = Live(refresh_per_second=4) if live else nullcontext()
+    printed: set[int] = set()
+
+    def on_change() -> None:
+        if isinstance(shown, Live):
+            shown.update(_table(party, lines))
+        else:
+            _print_rounds(party, printed, say)
+
+    party = kind(root, script, on_change, say)
+    with shown:
+        return await party.run()
+
+
+def _print_rounds(party: Demo, printed: set[int], say: Any) -> None:
+    """Without a terminal: one line for each round, when the first peer has applied it."""
+    for member in party.members:
+        last = member.last
+        if last and last["round"] not in printed:
+            printed.add(last["round"])
+            say(f"  round {last['round']:>3}  loss {last['loss']:.4f}  group of {len(last['group'])}")
+
+
+def _table(party: Demo, lines: list[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="\n".join(lines[-4:]), title_justify="left", title_style="")
+    for column in ("peer", "state", "round", "loss", "tokens/s", "up", "down", "group"):
+        table.add_column(column, justify="left" if column in ("peer", "state", "group") else "right")
+    names = {m.status.get("peer"): m.name for m in party.members}
+    for member in party.members:
+        last = member.last
+        if not last:
+            table.add_row(member.name, member.state, *[""] * 6)
+            continue
+        rate = last["tokens"] / max(1e-9, last["seconds"]["train"])
+        group = " ".join(sorted(str(names.get(p, p[-6:])).replace("worker-", "w") for p in last["group"]))
+        table.add_row(
+            member.name,
+            member.state,
+            str(last["round"]),
+            f"{last['loss']:.4f}",
+            f"{rate:,.0f}",
+            megabytes(last["bytes_sent"]),
+            megabytes(last["bytes_received"]),
+            "ALONE" if last["alone"] else group,
+        )
+    return table
+
+
+def _export(homes: Path, out: Path) -> str:
+    """Export from a worker's home, and a sample of the model's text."""
+    from potluck.peer.export import export_run, generate_text, load_model
+    from potluck.peer.home import Home
+
+    folder = Home(homes / "w1").find_run()
+    export_run(folder, out / "model")
+    module, manifest, _ = load_model(folder)
+    return generate_text(module, manifest, "def ", 160, 0.7, seed=0)
+
+
+def _summary(out: Path, figures: dict[str, Any], sample: str) -> None:
+    agree = (
+        "bit-identical parameters after every round"
+        if figures["digests_agree"]
+        else f"parameters differed after rounds {figures['rounds_disagreeing']}, and came together again"
+    )
+    print()
+    print(f"loss      {figures['loss_start']:.3f} → {figures['loss_end']:.3f}  {spark_line(figures['loss_curve'])}")
+    print(f"rounds    {figures['rounds']} with {figures['peers']} peers")
+    print(f"digests   {agree}")
+    print(f"traffic   {figures['bytes_per_param_per_round']:.3f} bytes received per parameter, round and peer")
+    print(f"late join {figures['late_join_seconds']} s from its start to its first contribution")
+    print(f"recovered {figures['recovered']}; survived the organizer: {figures['survived_organizer']}")
+    print(f"sample    {sample!r}")
+    print(f"model     {out / 'model'}  (transformers.AutoModelForCausalLM.from_pretrained loads it)")

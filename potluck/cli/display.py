@@ -1,0 +1,158 @@
+"""What a foreground peer shows: a live panel on a terminal, plain lines elsewhere, JSON lines with `--json`."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from potluck.peer.worker import Run
+
+Event = dict[str, Any]
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
+def spark_line(values: list[float]) -> str:
+    """A one-line plot of the last values."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_SPARKS[round((v - low) * scale)] for v in values)
+
+
+def round_line(event: Event) -> str:
+    """One round in one line."""
+    group = len(event["group"])
+    note = " TRAINING ALONE: no other peer was seen" if event["alone"] else ""
+    if event["missing"]:
+        note += f" ({len(event['missing'])} missing)"
+    if not event["agree"]:
+        note += " (digests differ: state reloaded or drift averaged)"
+    rate = event["tokens"] / max(1e-9, event["seconds"]["train"])
+    return (
+        f"round {event['round']:>5}  loss {event['loss']:.4f}  {rate:>8,.0f} tokens/s  "
+        f"up {megabytes(event['bytes_sent'])}  down {megabytes(event['bytes_received'])}  group of {group}{note}"
+    )
+
+
+def event_line(event: Event) -> str | None:
+    """One line for the events that people want to read; None for the others."""
+    match event["event"]:
+        case "swarm.round.applied":
+            return round_line(event)
+        case "swarm.state.fetching":
+            size = megabytes(event["bytes"])
+            return f"downloading the group's state: {size} from {event['holders']} peers"
+        case "swarm.state.loaded":
+            took = f"from {event['donors']} peers in {event['seconds']:.1f} s"
+            return f"loaded the state of round {event['round']} {took}"
+        case "swarm.state.failed":
+            return f"the group's state could not be loaded: {event['error']}"
+        case "swarm.join.alone":
+            return f"nobody else is training: starting alone from round {event['from_round']}'s state"
+        case "swarm.round.skipped":
+            why = {"too_late": "not done before the commit deadline", "not_stored": "the commit was not stored in time"}
+            return f"round {event['round']} is sat out: {why.get(event['reason'], event['reason'])}"
+        case "peer.clock.corrected":
+            return f"this machine's clock is {abs(event['seconds']):.1f} s off its peers: corrected for this run"
+        case "peer.checkpoint.loaded":
+            return f"resuming from the checkpoint of round {event['round']}"
+        case "peer.checkpoint.failed":
+            return f"WARNING: {event['error']}"
+        case "swarm.residual.dropped":
+            return f"error feedback dropped: {event['reason']}"
+        case "net.bootstrap.unreachable":
+            return "no known peer answers: starting from this home's own copy of the run"
+        case "net.daemon.died":
+            return "the libp2p daemon died: restarting it"
+    return None
+
+
+class PlainPeer:
+    """Lines on stdout: JSON for machines, else text."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._json = as_json
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        pass
+
+    def on_joined(self, status: Event) -> None:
+        if self._json:
+            self.on_event({"event": "peer.joined", **status})
+        else:
+            print(f"run {status['run_name']} ({status['run'][:8]})  peer {status['peer']}")
+            print(f"invite others:\n  potluck join '{status['invite']}'", flush=True)
+
+    def on_event(self, event: Event) -> None:
+        if self._json:
+            from potluck.peer.events import encode_event
+
+            sys.stdout.write(encode_event(event).decode() + "\n")
+        elif line := event_line(event):
+            print(line)
+        sys.stdout.flush()
+
+    def on_left(self, run: Run) -> None:
+        if self._json:
+            self.on_event({"event": "peer.left", "run": run.run_id})
+        else:
+            print(f"left the run; the checkpoint stays in {run.folder.path}", flush=True)
+
+
+class LivePeer:
+    """A panel that is redrawn in place: who I am, the invite, the loss curve, the last rounds."""
+
+    def __init__(self) -> None:
+        self._console = Console()
+        self._live = Live(console=self._console, refresh_per_second=4)
+        self._losses: list[float] = []
+        self._lines: deque[str] = deque(maxlen=12)
+        self._head = Text("")
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._live.__exit__(None, None, None)
+
+    def on_joined(self, status: Event) -> None:
+        # Printed above the panel, so that it can be selected and copied.
+        self._console.print(f"invite others:\n  potluck join '{status['invite']}'\n", soft_wrap=True, highlight=False)
+        self._head = Text(f"run {status['run_name']} ({status['run'][:8]})   peer {status['peer']}", style="bold")
+        self._draw()
+
+    def on_event(self, event: Event) -> None:
+        if event["event"] == "swarm.round.applied":
+            self._losses.append(event["loss"])
+        if line := event_line(event):
+            self._lines.append(line)
+            self._draw()
+
+    def on_left(self, run: Run) -> None:
+        self._console.print(f"left the run; the checkpoint stays in {run.folder.path}", soft_wrap=True)
+
+    def _draw(self) -> None:
+        body = Table.grid()
+        for line in self._lines:
+            body.add_row(Text(line, overflow="ellipsis", no_wrap=True))
+        width = max(10, self._console.width - 30)
+        curve = spark_line(self._losses[-width:])
+        first_last = f"loss {self._losses[0]:.3f} → {self._losses[-1]:.3f}  " if self._losses else ""
+        self._live.update(Group(self._head, Text(first_last + curve, style="cyan"), body))

@@ -1,0 +1,64 @@
+"""`potluck host`: start a run from a manifest, and take part in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from potluck.cli.options import (
+    AnnounceOption,
+    DataOption,
+    DeviceOption,
+    HomeOption,
+    JsonOption,
+    ListenOption,
+    LoopbackOption,
+    NameOption,
+    QuotaOption,
+    RoundsOption,
+    ThreadsOption,
+    UploadOption,
+)
+
+
+def host(
+    manifest: Annotated[Path, typer.Argument(help="Manifest TOML, as `potluck run new` writes it.")],
+    home: HomeOption = None,
+    name: NameOption = "organizer",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    data: DataOption = None,
+    listen: ListenOption = None,
+    announce: AnnounceOption = None,
+    disk_quota: QuotaOption = "10GB",
+    upload_limit: UploadOption = None,
+    rounds: RoundsOption = None,
+    loopback: LoopbackOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a run: sign the manifest, print the invite, and train as its first peer.
+
+    A manifest that this home already started is resumed, not started again. Once others have joined, the run no
+    longer needs this peer.
+
+    Example:  potluck host my-run.toml --listen /ip4/0.0.0.0/tcp/4001
+    """
+    from potluck.cli.session import run_peer
+
+    run_peer(
+        lambda peer: peer.host(manifest),
+        home=home,
+        name=name,
+        device=device,
+        threads=threads,
+        data=data,
+        listen=listen,
+        announce=announce,
+        disk_quota=disk_quota,
+        upload_limit=upload_limit,
+        rounds=rounds,
+        loopback=loopback,
+        as_json=as_json,
+    )

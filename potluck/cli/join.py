@@ -1,0 +1,62 @@
+"""`potluck join`: take part in a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from potluck.cli.options import (
+    AnnounceOption,
+    DataOption,
+    DeviceOption,
+    HomeOption,
+    JsonOption,
+    ListenOption,
+    LoopbackOption,
+    NameOption,
+    QuotaOption,
+    RoundsOption,
+    ThreadsOption,
+    UploadOption,
+)
+
+
+def join(
+    invite: Annotated[str, typer.Argument(help="potluck:<run id>?peer=<address>&...")],
+    home: HomeOption = None,
+    name: NameOption = "",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    data: DataOption = None,
+    listen: ListenOption = None,
+    announce: AnnounceOption = None,
+    disk_quota: QuotaOption = "10GB",
+    upload_limit: UploadOption = None,
+    rounds: RoundsOption = None,
+    loopback: LoopbackOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Join a run and train until you leave (Ctrl-C, or `potluck leave` to finish the round first).
+
+    Joining again with the same home resumes: same identity, last checkpoint.
+
+    Example:  potluck join 'potluck:abc...?peer=/ip4/203.0.113.7/tcp/4001/p2p/12D3KooW...'
+    """
+    from potluck.cli.session import run_peer
+
+    run_peer(
+        lambda peer: peer.join(invite),
+        home=home,
+        name=name,
+        device=device,
+        threads=threads,
+        data=data,
+        listen=listen,
+        announce=announce,
+        disk_quota=disk_quota,
+        upload_limit=upload_limit,
+        rounds=rounds,
+        loopback=loopback,
+        as_json=as_json,
+    )

@@ -1,0 +1,74 @@
+"""`potluck`: the commands, put together; errors become one clear line and an exit code.
+
+Heavy imports (torch, hivemind) happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from potluck import __version__
+from potluck.cli import demo, export, generate, host, join, leave, run_new, status, why
+from potluck.errors import PotluckError
+
+app = typer.Typer(
+    name="potluck",
+    help="Volunteer, peer-to-peer training of large models.\n\n"
+    "Start a run:   potluck run new my-run.toml && potluck host my-run.toml\n\n"
+    "Join one:      potluck join 'potluck:...'\n\n"
+    "See it work:   potluck demo\n\n"
+    "Exit codes: 0 done, 1 a bug, 2 a wrong setting, 3 identity, 4 manifest or invite, 5 hardware, 6 network, "
+    "7 a peer broke the protocol, 8 clock, 9 a checkpoint or state does not load, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+runs = typer.Typer(help="Runs: `potluck run new` writes a manifest to start one from.", no_args_is_help=True)
+app.add_typer(runs, name="run")
+runs.command("new")(run_new.run_new)
+for command in (host.host, join.join, status.status, why.why, leave.leave, export.export, generate.generate, demo.demo):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Console entry point. Our errors: one line on stderr (with --json also one object on stdout) and their code."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except PotluckError as error:
+        if "--json" in sys.argv:
+            fields = {"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}
+            print(json.dumps(fields), flush=True)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "show"):  # click's usage errors show themselves
+            raise
+        error.show()
+        sys.exit(2)

@@ -1,0 +1,56 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from potluck.errors import UserError
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--home", envvar="POTLUCK_HOME", help="Folder of this peer: identity, checkpoints, blobs.", show_default=False
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable: one JSON object per line on stdout.")]
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="First characters of the run id (default: the latest run).")
+]
+NameOption = Annotated[str, typer.Option("--name", help="A name that others see beside your peer id.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cuda, cuda:N, mps or cpu.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads for training (default: all cores).")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="Train on this source instead: python-stdlib, text:PATH or hf:NAME."),
+]
+ListenOption = Annotated[
+    list[str] | None,
+    typer.Option("--listen", help="Multiaddr to listen on, e.g. /ip4/0.0.0.0/tcp/4001 (default: any free port)."),
+]
+AnnounceOption = Annotated[
+    list[str] | None, typer.Option("--announce", help="Public multiaddr of this peer, if it is behind a forwarder.")
+]
+QuotaOption = Annotated[str, typer.Option("--disk-quota", help="Disk space for contributions, e.g. 10GB.")]
+UploadOption = Annotated[
+    str | None, typer.Option("--upload-limit", help="Cap on serving contributions, per second, e.g. 2MB.")
+]
+RoundsOption = Annotated[int | None, typer.Option("--rounds", min=1, help="Leave after this many rounds.")]
+LoopbackOption = Annotated[
+    bool, typer.Option("--loopback", help="Listen on this machine only (for trying things out).")
+]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bytes(setting: str, text: str) -> int:
+    """`10GB`, `512 MB`, `100K` or a plain number. Raises UserError that names the setting."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise UserError(f"{setting} {text!r}: give a size like 10GB, 512MB or 100000")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

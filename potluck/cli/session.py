@@ -1,0 +1,115 @@
+"""Runs a peer in the foreground: signals, live display, machine-readable events. Shared by `host` and `join`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from potluck.cli.display import LivePeer, PlainPeer
+from potluck.cli.options import parse_bytes
+
+if TYPE_CHECKING:
+    from potluck.peer.worker import Peer, Run
+
+#: Ctrl-C and SIGTERM end the process within five seconds, whatever a step or the network does.
+EXIT_SECONDS = 4.5
+#: Exit code of an end that had to be forced.
+FORCED = 130
+
+
+def run_peer(
+    open_run: Callable[[Peer], Awaitable[Run]],
+    *,
+    home: Path | None,
+    name: str,
+    device: str,
+    threads: int | None,
+    data: str | None,
+    listen: list[str] | None,
+    announce: list[str] | None,
+    disk_quota: str,
+    upload_limit: str | None,
+    rounds: int | None,
+    loopback: bool,
+    as_json: bool,
+) -> None:
+    """Train until the run is left. Errors of the peer propagate."""
+    quota = parse_bytes("--disk-quota", disk_quota)
+    upload = parse_bytes("--upload-limit", upload_limit) if upload_limit else None
+    if not as_json and sys.stderr.isatty():
+        print("loading...", file=sys.stderr)
+    import uvloop
+
+    from potluck.peer.home import default_home
+    from potluck.peer.node import NetworkSettings
+    from potluck.peer.worker import PeerSettings
+
+    addresses = tuple(listen or (["/ip4/127.0.0.1/tcp/0"] if loopback else ["/ip4/0.0.0.0/tcp/0"]))
+    network = NetworkSettings(
+        listen=addresses,
+        announce=tuple(announce or ()),
+        disk_quota=quota,
+        upload=upload,
+        nat_port_map=not loopback,
+    )
+    settings = PeerSettings(name=name, device=device, threads=threads, data=data, network=network)
+    uvloop.run(_session(open_run, home or default_home(), settings, rounds, as_json))
+
+
+async def _session(
+    open_run: Callable[[Peer], Awaitable[Run]],
+    home: Path,
+    settings: Any,
+    rounds: int | None,
+    as_json: bool,
+) -> None:
+    from potluck.peer.worker import Peer
+
+    display = PlainPeer(as_json) if as_json or not sys.stdout.isatty() else LivePeer()
+    me, stopping = asyncio.current_task(), False
+    assert me is not None
+    run: Run | None = None
+
+    def on_signal() -> None:
+        nonlocal stopping
+        if stopping:
+            os._exit(FORCED)
+        stopping = True
+        _force_exit_later()
+        if run is not None:
+            run.stop()
+        else:
+            me.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        async with Peer.open(home, settings) as peer:
+            run = await open_run(peer)
+            with display:
+                run.events.subscribe(display.on_event)
+                display.on_joined(await run.status())
+                async for _ in run.rounds(rounds):
+                    pass
+                display.on_left(run)
+    except asyncio.CancelledError:
+        if not stopping:
+            raise
+        print("stopped before joining", file=sys.stderr)
+
+
+def _force_exit_later() -> None:
+    def force() -> None:
+        print("a step or a connection did not end in time: forced to stop", file=sys.stderr, flush=True)
+        os._exit(FORCED)
+
+    timer = threading.Timer(EXIT_SECONDS, force)
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,46 @@
+"""`potluck status`: what the peer of a run is doing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from potluck.cli.display import megabytes
+from potluck.cli.options import HomeOption, JsonOption, RunOption
+from potluck.errors import NetworkError
+
+
+def status(home: HomeOption = None, run: RunOption = None, as_json: JsonOption = False) -> None:
+    """Show this home's runs: round, loss, speed, traffic, group, and an invite for others.
+
+    Example:  potluck status --json
+    """
+    from potluck.peer.control import ask
+    from potluck.peer.home import Home, default_home
+
+    where = Home(home or default_home())
+    folders = [where.find_run(run)] if run else where.runs() or [where.find_run()]
+    for folder in folders:
+        try:
+            answer = asyncio.run(ask(folder.control_socket, "status"))
+        except NetworkError as error:
+            answer = {"run": folder.run_id, "phase": "not running", "detail": str(error)}
+        print(json.dumps(answer) if as_json else _text(answer))
+
+
+def _text(answer: dict[str, object]) -> str:
+    if answer["phase"] == "not running":
+        return f"run {str(answer['run'])[:8]}: {answer['detail']}"
+    loss, rate = answer["loss"], answer["tokens_per_second"]
+    lines = [
+        f"run        {answer['run_name']} ({str(answer['run'])[:8]}), {answer['phase']}, round {answer['round']}",
+        f"peer       {answer['peer']} {answer['name']}",
+        f"loss       {loss:.4f}" if isinstance(loss, float) else "loss       no round finished yet",
+        f"speed      {rate:,.0f} tokens/s" if isinstance(rate, float) else "speed      -",
+        f"traffic    up {megabytes(float(str(answer['bytes_sent'])))}, "
+        f"down {megabytes(float(str(answer['bytes_received'])))}",
+        f"group      {len(answer['group'])} contributions last round"  # type: ignore[arg-type]
+        + (", training ALONE" if answer["alone"] else ""),
+        f"invite     potluck join '{answer['invite']}'",
+    ]
+    return "\n".join(lines)

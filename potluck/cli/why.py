@@ -1,0 +1,37 @@
+"""`potluck why`: what the peer waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from potluck.cli.options import HomeOption, JsonOption, RunOption
+
+
+def why(home: HomeOption = None, run: RunOption = None, as_json: JsonOption = False) -> None:
+    """Say what the running peer waits for, since when, until when, and what happens then.
+
+    Example:  potluck why
+    """
+    from potluck.peer.control import ask
+    from potluck.peer.home import Home, default_home
+
+    answer = asyncio.run(ask(Home(home or default_home()).find_run(run).control_socket, "why"))
+    print(json.dumps(answer) if as_json else _text(answer))
+
+
+def _text(answer: dict[str, Any]) -> str:
+    now = answer["now"]
+    lines = [f"phase: {answer['phase']}"]
+    for wait in answer["waits"]:
+        lines.append(
+            f"waiting for {wait['what']}: since {now - wait['since']:.1f} s, "
+            f"at most {max(0.0, wait['until'] - now):.1f} s more; then {wait['then']}"
+        )
+    if not answer["waits"]:
+        lines.append("waiting for nothing")
+    if answer["alone"]:
+        lines.append(f"training alone for {answer['rounds_alone']} rounds: no other peer was seen")
+    lines += [f"missing last round: {peer}: {reason}" for peer, reason in answer["missing"].items()]
+    return "\n".join(lines)

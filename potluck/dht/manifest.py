@@ -1,0 +1,450 @@
+"""The manifest: a run's frozen description, signed by its organizer. The run's id is its hash.
+
+A manifest comes from strangers: it can name model families, data sources and codecs from our registries, and
+cannot carry code. Every field has bounds; unknown fields and versions are refused. Whoever holds a run id can
+check any copy of its manifest, so it may be fetched from anybody (`docs/protocol-dht.md`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, NewType, Self, TypeVar
+
+import msgspec
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from potluck.errors import ManifestError
+from potluck.net.host import PeerId
+from potluck.net.identity import Identity, peer_id_of, verify
+
+#: A run's name everywhere: 52 characters, see `run_id_of`.
+RunId = NewType("RunId", str)
+
+#: A signed manifest, in bytes: checked before parsing.
+MAX_MANIFEST_BYTES: Final = 64 * 1024
+MAX_LAYERS: Final = 1024
+MAX_CONFIG_INTEGER: Final = 2**24
+MAX_CONFIG_LIST: Final = 256
+MAX_CONFIG_TEXT: Final = 256
+
+_DOMAIN: Final = b"potluck.manifest.1"
+_ENVELOPE_VERSION: Final = 1
+_RUN_ID: Final = re.compile(r"[a-z2-7]{52}")
+
+PeerIdText = Annotated[str, StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
+HashText = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Number = int | Annotated[float, Field(allow_inf_nan=False)]
+ConfigKey = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+CodecParameter = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+
+#: Config keys that would load code, pick kernels by name, or override what the peer decides for its own
+#: hardware.
+FORBIDDEN_CONFIG_KEYS: Final = frozenset(
+    {"auto_map", "quantization_config", "torch_dtype", "dtype", "trust_remote_code", "name_or_path"}
+)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class ModelPart(_Part):
+    """What is trained: any causal language model that `transformers` builds from a config."""
+
+    family: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,63}$")] = Field(
+        description="model_type of a causal LM in transformers, for example llama, qwen3, gpt2"
+    )
+    config: dict[ConfigKey, Any] = Field(
+        max_length=64, description="arguments of that family's config class; sizes, never code"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the initial weights")
+    stages: int = Field(
+        default=1, ge=1, le=256, description="pipeline stages the layers are cut into; 1 is data-parallel"
+    )
+    initial_state: HashText | None = Field(
+        default=None, description="content address of theta_0, the weights at round 0; set by the organizer"
+    )
+    initial_bytes: int = Field(default=0, ge=0, le=2**40, description="size of theta_0 in bytes")
+
+    @field_validator("config")
+    @classmethod
+    def _config_holds_only_sizes(cls, config: dict[str, Any]) -> dict[str, Any]:
+        for key, value in config.items():
+            if key in FORBIDDEN_CONFIG_KEYS or key.endswith("_implementation"):
+                raise ValueError(f"{key} is not allowed in a manifest: each peer decides it for itself")
+            if isinstance(value, list):
+                if len(value) > MAX_CONFIG_LIST:
+                    raise ValueError(f"{key} has {len(value)} values, allowed at most {MAX_CONFIG_LIST}")
+                for item in value:
+                    if isinstance(item, bool) or item is None:
+                        raise ValueError(f"{key} holds {item}, allowed are lists of numbers and texts")
+                    _check_config_scalar(key, item)
+            else:
+                _check_config_scalar(key, value)
+        return config
+
+
+def _check_config_scalar(key: str, value: object) -> None:
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, int):
+        names_layers = "layer" in key or key == "depth"
+        largest = MAX_LAYERS if names_layers else MAX_CONFIG_INTEGER
+        if abs(value) > largest:
+            raise ValueError(f"{key} is {value}, allowed at most {largest}")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{key} is {value}, allowed are finite numbers")
+    elif isinstance(value, str):
+        if len(value) > MAX_CONFIG_TEXT:
+            raise ValueError(f"{key} has {len(value)} characters, allowed at most {MAX_CONFIG_TEXT}")
+    else:
+        raise ValueError(f"{key} is a {type(value).__name__}, allowed are numbers, texts, booleans and lists of them")
+
+
+class DataPart(_Part):
+    """What it is trained on. Which samples a peer takes follows from seed, peer id and round."""
+
+    source: Annotated[str, StringConstraints(pattern=r"^(python-stdlib|text:.+|hf:.+)$", max_length=512)] = Field(
+        default="python-stdlib",
+        description="python-stdlib (needs no download), text:PATHS (each peer's own files) or hf:DATASET",
+    )
+    tokenizer: Annotated[str, StringConstraints(pattern=r"^(bytes|hf:.+)$", max_length=256)] = Field(
+        default="bytes", description="bytes (vocabulary of 256) or hf:NAME of a tokenizer on the Hub"
+    )
+    sequence_length: int = Field(ge=8, le=2**17, description="tokens per sample")
+    held_out_fraction: float = Field(
+        default=0.05, gt=0, le=0.5, description="share of the documents that is only evaluated on"
+    )
+    text_field: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = Field(
+        default="text", description="column of an hf: data set that holds the text"
+    )
+    split: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\[\]:%+-]{1,64}$")] = Field(
+        default="train", description="split of an hf: data set"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the samples' assignment to peers")
+
+
+class RoundsPart(_Part):
+    """How replicas meet: a round is a slice of time, the same for every peer."""
+
+    seconds: float = Field(ge=2, le=86400, description="length of a round in seconds")
+    steps: int = Field(ge=1, le=100_000, description="most local steps (H) in a round; slow peers do fewer")
+    group_size: int = Field(default=16, ge=2, le=256, description="replicas that average with each other")
+    exchange_seconds: float = Field(
+        gt=0,
+        description="end of the round kept for commit, pull and apply, in seconds; less than half a round",
+    )
+    retain: int = Field(default=6, ge=2, le=1000, description="rounds for which contributions stay available")
+    fragments: int = Field(
+        default=8, ge=1, le=4096, description="parts (F) of the parameters averaged in turn against drift"
+    )
+    sync_limit: float = Field(
+        default=3.0,
+        gt=0,
+        le=1e6,
+        description="drift, in outer steps, beyond which a peer loads the group's state",
+    )
+    overlap: Literal[False] = Field(
+        default=False, description="train the next round while this one is exchanged (not yet available)"
+    )
+
+    @model_validator(mode="after")
+    def _exchange_fits(self) -> Self:
+        if self.exchange_seconds >= self.seconds / 2:
+            raise ValueError(
+                f"exchange_seconds is {self.exchange_seconds:g}, allowed less than half of rounds.seconds "
+                f"({self.seconds / 2:g})"
+            )
+        return self
+
+
+class TrainingPart(_Part):
+    """The inner optimizer: what a peer does in its local steps."""
+
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        default="adamw", description="adamw, or adamw8bit (bitsandbytes: a quarter of the optimizer's memory)"
+    )
+    learning_rate: float = Field(gt=0, le=10, description="inner learning rate after the warm-up")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), strict=False, description="AdamW's decay rates"
+    )
+    weight_decay: float = Field(default=0.1, ge=0, le=10, description="AdamW's decoupled weight decay")
+    warmup_steps: int = Field(default=0, ge=0, le=2**31, description="steps until the full learning rate")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant", description="constant, or cosine down to a tenth at total_steps"
+    )
+    total_steps: int = Field(default=100_000, ge=1, le=2**31, description="local steps of the whole run")
+    batch_size: int = Field(ge=1, le=65536, description="sequences per local step")
+    gradient_clip: float = Field(default=1.0, ge=0, le=1e6, description="largest gradient norm; 0 does not clip")
+    precision: Literal["float32", "bf16-auto"] = Field(
+        default="bf16-auto", description="float32, or bf16-auto: bfloat16 autocast where the device has it"
+    )
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup_steps > self.total_steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, allowed at most total_steps ({self.total_steps})")
+        return self
+
+
+class CodecPart(_Part):
+    """How a contribution becomes bytes."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = Field(
+        default="int8", description="none, int8 or sparse, or another codec that every peer has"
+    )
+    parameters: dict[CodecParameter, Number] = Field(
+        default_factory=dict, max_length=16, description="the codec's own settings"
+    )
+
+
+class AggregationPart(_Part):
+    """How a group's contributions become one update."""
+
+    rule: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = Field(
+        default="mean", description="mean, weighted by tokens and by the ledger"
+    )
+    clip: bool = Field(default=True, description="clip each contribution to the group's median norm, per tensor")
+
+
+class OuterPart(_Part):
+    """The outer optimizer: what the update does to the parameters at the end of a round."""
+
+    learning_rate: float = Field(default=1.0, gt=0, le=10, description="1 with momentum 0 is plain averaging")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="0.7 to 0.9 for runs of hundreds of rounds")
+    nesterov: bool = Field(default=True, description="Nesterov's form of momentum")
+    momentum_warmup_rounds: int = Field(
+        default=0, ge=0, le=1_000_000, description="rounds over which the momentum grows from 0"
+    )
+
+
+class IncentivesPart(_Part):
+    """Whose scores count."""
+
+    validators: tuple[PeerIdText, ...] = Field(
+        default=(), max_length=64, strict=False, description="peer ids whose published weights are trusted"
+    )
+    emission: float = Field(default=0.0, ge=0, le=1e12, description="credit paid out per round")
+
+
+class ManifestDraft(_Part):
+    """What an organizer writes in TOML. `finish` adds what only the host command can know."""
+
+    version: Literal[1] = Field(default=1, description="version of this format")
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")] = Field(
+        description="the run's name, for people"
+    )
+    model: ModelPart = Field(description="what is trained")
+    data: DataPart = Field(description="what it is trained on")
+    rounds: RoundsPart = Field(description="how replicas meet")
+    training: TrainingPart = Field(description="local steps")
+    codec: CodecPart = Field(default_factory=CodecPart, description="how contributions become bytes")
+    aggregation: AggregationPart = Field(
+        default_factory=AggregationPart, description="how a group's contributions become one update"
+    )
+    outer: OuterPart = Field(default_factory=OuterPart, description="the outer optimizer")
+    incentives: IncentivesPart = Field(default_factory=IncentivesPart, description="whose scores count")
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        vocabulary = self.model.config.get("vocab_size")
+        if self.data.tokenizer == "bytes" and isinstance(vocabulary, int) and vocabulary < 256:
+            raise ValueError(f"model.config.vocab_size is {vocabulary}, allowed at least 256 with the bytes tokenizer")
+        positions = self.model.config.get("max_position_embeddings")
+        if isinstance(positions, int) and positions < self.data.sequence_length:
+            raise ValueError(
+                f"data.sequence_length is {self.data.sequence_length}, allowed at most "
+                f"model.config.max_position_embeddings ({positions})"
+            )
+        layers = self.model.config.get("num_hidden_layers")
+        if isinstance(layers, int) and self.model.stages > layers:
+            raise ValueError(f"model.stages is {self.model.stages}, allowed at most the number of layers ({layers})")
+        return self
+
+    def finish(
+        self,
+        organizer: PeerId,
+        *,
+        created: float,
+        genesis: float,
+        initial_state: str | None = None,
+        initial_bytes: int = 0,
+    ) -> Manifest:
+        """The manifest to sign. Times in Unix seconds. Raises ManifestError."""
+        fields = self.model_dump()
+        fields["model"] |= {"initial_state": initial_state, "initial_bytes": initial_bytes}
+        return _validate(
+            Manifest, fields | {"organizer": organizer, "created": float(created), "genesis": float(genesis)}
+        )
+
+
+class Manifest(ManifestDraft):
+    """A run's frozen description, as every peer of the run reads it."""
+
+    created: float = Field(ge=0, le=2**40, description="when it was signed, in Unix seconds")
+    genesis: float = Field(ge=0, le=2**40, description="when round 0 starts, in Unix seconds")
+    organizer: PeerIdText = Field(description="peer id of the one who signed it")
+
+    @model_validator(mode="after")
+    def _starts_after_creation(self) -> Self:
+        # A year: a run that starts later than that is a mistyped genesis, and its peers would wait silently.
+        if not self.created - 86400 <= self.genesis <= self.created + 366 * 86400:
+            raise ValueError(f"genesis is {self.genesis:.0f}, allowed from a day before to a year after `created`")
+        return self
+
+    def round_at(self, now: float) -> int:
+        """The round that `now` (Unix seconds) falls into; negative before genesis."""
+        return int((now - self.genesis) // self.rounds.seconds)
+
+    def round_start(self, round: int) -> float:
+        """When a round starts, in Unix seconds."""
+        return self.genesis + round * self.rounds.seconds
+
+    def check_known(
+        self,
+        *,
+        codecs: Collection[str],
+        rules: Collection[str] = ("mean",),
+        families: Collection[str] | None = None,
+    ) -> None:
+        """Refuse names that this program's registries lack. Raises ManifestError."""
+        wanted: list[tuple[str, str, Collection[str] | None]] = [
+            ("codec.name", self.codec.name, codecs),
+            ("aggregation.rule", self.aggregation.rule, rules),
+            ("model.family", self.model.family, families),
+        ]
+        for field, name, known in wanted:
+            if known is not None and name not in known:
+                raise ManifestError(f"{field} is {name!r}, this program knows {', '.join(sorted(known))}")
+
+    def to_json(self) -> bytes:
+        return self.model_dump_json().encode()
+
+
+class _Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    version: int
+    manifest: bytes
+    organizer: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    signature: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+
+
+@dataclass(frozen=True, slots=True)
+class SignedManifest:
+    """A manifest with the exact bytes that were signed: those are what peers store, serve and hash."""
+
+    manifest: Manifest
+    envelope: bytes
+
+    @property
+    def run_id(self) -> RunId:
+        return run_id_of(self.envelope)
+
+    @classmethod
+    def decode(cls, data: bytes, run_id: RunId | None = None) -> SignedManifest:
+        """Check and open what another peer sent. Raises ManifestError, whatever the bytes."""
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ManifestError(f"the manifest has {len(data)} bytes, allowed {MAX_MANIFEST_BYTES}")
+        actual = run_id_of(data)
+        if run_id is not None and actual != run_id:
+            raise ManifestError(
+                f"this manifest belongs to run {actual}, the invite names {run_id}: ask for a fresh invite"
+            )
+        try:
+            envelope = msgspec.msgpack.decode(data, type=_Envelope)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise ManifestError(f"not a signed manifest ({error})") from None
+        if envelope.version != _ENVELOPE_VERSION:
+            raise ManifestError(
+                f"the envelope has version {envelope.version}, this program knows {_ENVELOPE_VERSION}: update potluck"
+            )
+        if not verify(envelope.organizer, _DOMAIN + envelope.manifest, envelope.signature):
+            raise ManifestError("the manifest's signature does not match: it was damaged or forged")
+        manifest = parse_json(envelope.manifest)
+        signer = peer_id_of(envelope.organizer)
+        if signer != manifest.organizer:
+            raise ManifestError(f"organizer is {manifest.organizer}, but the manifest is signed by {signer}")
+        return cls(manifest, data)
+
+
+def sign(manifest: Manifest, identity: Identity) -> SignedManifest:
+    """Sign as the organizer. Raises ManifestError when the identity is not the manifest's organizer."""
+    if manifest.organizer != identity.peer_id:
+        raise ManifestError(f"organizer is {manifest.organizer}, but this identity is {identity.peer_id}")
+    text = manifest.to_json()
+    envelope = _Envelope(_ENVELOPE_VERSION, text, identity.public_key, identity.sign(_DOMAIN + text))
+    # Decoding our own bytes keeps the promise that whatever we publish, others accept.
+    return SignedManifest.decode(msgspec.msgpack.encode(envelope))
+
+
+def run_id_of(envelope: bytes) -> RunId:
+    """52 characters: SHA-256 of the signed manifest's bytes, in lower-case base32 without padding."""
+    return RunId(base64.b32encode(hashlib.sha256(envelope).digest()).decode().rstrip("=").lower())
+
+
+def parse_run_id(text: str) -> RunId:
+    """Raises ManifestError for anything but 52 characters of a-z and 2-7."""
+    if not _RUN_ID.fullmatch(text):
+        raise ManifestError(f"a run id has 52 characters of a-z and 2-7; this one has {len(text)}: {text[:60]!r}")
+    return RunId(text)
+
+
+def parse_json(text: bytes) -> Manifest:
+    """Raises ManifestError that names every field that is wrong."""
+    try:
+        fields = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ManifestError(f"the manifest is not JSON ({error})") from None
+    return _validate(Manifest, fields)
+
+
+def parse_draft(fields: Mapping[str, Any]) -> ManifestDraft:
+    """Raises ManifestError that names every field that is wrong."""
+    return _validate(ManifestDraft, fields)
+
+
+M = TypeVar("M", bound=ManifestDraft)
+
+
+def _validate(kind: type[M], fields: Mapping[str, Any]) -> M:
+    version = fields.get("version", 1)
+    if version != 1:
+        raise ManifestError(f"version is {str(version)[:20]}, this program knows version 1: update potluck")
+    try:
+        return kind.model_validate(dict(fields))
+    except pydantic.ValidationError as error:
+        problems = dict.fromkeys(_problem(kind, details) for details in error.errors())
+        raise ManifestError("\n".join(problems)) from None
+
+
+def _problem(kind: type[BaseModel], details: ErrorDetails) -> str:
+    """One line: which field, what is wrong, what is allowed."""
+    field = ".".join(str(part) for part in details["loc"])[:200]
+    match details["type"]:
+        case "extra_forbidden":
+            return f"{field} is unknown, allowed here: {', '.join(_fields_beside(kind, details['loc']))}"
+        case "missing":
+            return f"{field} is missing"
+        case "value_error":
+            problem = str(details["ctx"]["error"])
+            return f"{field}: {problem}" if field else problem
+        case _:
+            given = repr(details["input"])
+            given = given if len(given) <= 60 else given[:57] + "..."
+            return f"{field} is {given}: {details['msg'][:1].lower()}{details['msg'][1:]}"
+
+
+def _fields_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location[:-1]:
+        inner = kind.model_fields[str(part)].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        kind = inner
+    return list(kind.model_fields)

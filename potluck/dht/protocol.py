@@ -1,0 +1,318 @@
+"""hivemind's DHT protocol behind our bounds: what strangers may send, and what we believe of their answers.
+
+The RPCs and their protobufs are hivemind's (`dht.proto`). What differs, and the attack that each difference
+stops:
+
+- Handlers are named by run, so that nodes of two runs behind one identity never mix.
+- A node's place is the hash of its peer id. Claims of another place are ignored: nobody chooses to sit
+  beside a key.
+- Requests are bounded in keys and bytes, and each sender in rate, before anything is parsed.
+- msgpack from the wire is parsed by schema: no nesting, no announced sizes.
+- One bad record in a dictionary is dropped alone; hivemind drops the dictionary, so one forgery hid all
+  honest ones.
+- An answer's expiry is computed from its records: hivemind believes the sender, and a claim of "expires
+  never" ended a search at once with whatever that sender chose to show.
+- What a read finds is kept (within bounds) and served: a record is lost only when all who read it are gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, Final
+
+import msgspec
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.p2p import P2PContext, PeerID
+from hivemind.proto import dht_pb2
+from hivemind.utils import MSGPackSerializer
+from msgspec import Meta
+
+from potluck.dht.records import MAX_RECORD_BYTES, Reason, RejectedRecord
+from potluck.dht.storage import MAX_KEY_BYTES, MAX_SUBKEYS, RecordStorage, new_dictionary
+from potluck.dht.validator import RecordValidator, TokenBuckets
+from potluck.errors import ProtocolError
+
+#: Keys in one store request. A node that hands its keys to a newcomer sends batches.
+MAX_STORE_KEYS: Final = 64
+#: Keys in one find request: an answer may hold `MAX_KEY_BYTES` for each.
+MAX_FIND_KEYS: Final = 1
+#: A full dictionary, packed: its records, and for each its peer id and expiry.
+MAX_DICTIONARY_BYTES: Final = MAX_KEY_BYTES + MAX_SUBKEYS * 96
+#: Bytes of values in one request. p2pd hangs up, on all calls at once, at a message beyond 1 MiB (`GoHost`).
+MAX_REQUEST_BYTES: Final = 640 * 1024
+#: Records that one node may hand us at once, and per second after that.
+SENDER_BURST: Final = 4096
+SENDER_PER_SECOND: Final = 256.0
+
+_DICTIONARY_EXT: Final = 0x50  # hivemind's `DictionaryDHTValue`
+# First bytes of msgpack's extension and text values: what follows is parsed as that, and nothing else.
+_EXT_BYTES: Final = frozenset({0xC7, 0xC8, 0xC9, *range(0xD4, 0xD9)})
+_TEXT_BYTES: Final = frozenset({*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB})
+_NODE_ID_BYTES: Final = DHTID.HASH_NBYTES
+
+_Subkey = Annotated[str, Meta(max_length=128)]
+_Value = Annotated[bytes, Meta(max_length=MAX_RECORD_BYTES + 8)]
+_Items = tuple[float, float, Annotated[list[tuple[_Subkey, _Value, float]], Meta(max_length=MAX_SUBKEYS)]]
+_items_decoder = msgspec.msgpack.Decoder(_Items)
+_ext_decoder = msgspec.msgpack.Decoder(msgspec.msgpack.Ext)
+_text_decoder = msgspec.msgpack.Decoder(str)
+_bytes_decoder = msgspec.msgpack.Decoder(bytes | None)
+
+
+def node_id_of(peer: PeerID) -> DHTID:
+    """A peer's place in the DHT: it follows from the key, survives restarts, and cannot be chosen."""
+    return DHTID.from_bytes(hashlib.sha1(b"potluck.node.1" + peer.to_bytes()).digest())
+
+
+class BoundedSerializer(MSGPackSerializer):  # type: ignore[misc]
+    """hivemind's msgpack, reading only texts, bytes, and dictionaries of records."""
+
+    @classmethod
+    def loads(cls, buf: bytes) -> str | bytes | DictionaryDHTValue | None:
+        """Raises ProtocolError for anything else, whatever the bytes."""
+        if len(buf) > MAX_DICTIONARY_BYTES:
+            raise ProtocolError(f"a DHT value of {len(buf)} bytes, allowed {MAX_DICTIONARY_BYTES}")
+        try:
+            first = buf[0] if buf else 0
+            if first in _EXT_BYTES:
+                return _dictionary(_ext_decoder.decode(buf))
+            return _text_decoder.decode(buf) if first in _TEXT_BYTES else _bytes_decoder.decode(buf)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise ProtocolError(f"malformed DHT value: {error}") from None
+
+
+def _dictionary(packed: msgspec.msgpack.Ext) -> DictionaryDHTValue:
+    if packed.code != _DICTIONARY_EXT:
+        raise ValueError(f"unknown extension type {packed.code}")
+    # The announced size limit and latest expiry are the sender's claims; what counts is the records
+    # themselves.
+    _max_size, _latest, items = _items_decoder.decode(packed.data)
+    dictionary = new_dictionary()
+    for subkey, value, expiration_time in items:
+        dictionary.store(subkey, value, expiration_time)
+    return dictionary
+
+
+class RecordProtocol(DHTProtocol):  # type: ignore[misc]
+    """One node's side of the DHT of one run. Made by `potluck.dht.node.start_dht`."""
+
+    serializer = BoundedSerializer
+    # ServicerBase caches these on the class where it first finds them: the parent's would carry the parent's
+    # names.
+    _rpc_handlers = None
+    _stub_type = None
+
+    storage: RecordStorage
+    record_validator: RecordValidator
+    _namespace: str
+    _senders: TokenBuckets
+
+    @classmethod
+    async def open(
+        cls,
+        p2p: Any,
+        node_id: DHTID,
+        validator: RecordValidator,
+        *,
+        bucket_size: int,
+        depth_modulo: int,
+        num_replicas: int,
+        wait_timeout: float,
+        parallel_rpc: int,
+    ) -> RecordProtocol:
+        """Serve the DHT's RPCs on a host. `wait_timeout` bounds each call, in seconds."""
+        # As a client first: hivemind would register the handlers before our storage is in place.
+        self: RecordProtocol = await cls.create(
+            p2p,
+            node_id,
+            bucket_size,
+            depth_modulo,
+            num_replicas,
+            wait_timeout,
+            parallel_rpc,
+            client_mode=True,
+            record_validator=validator,
+        )
+        self._namespace = f"potluck/{validator.run_id}"
+        self._senders = TokenBuckets(SENDER_BURST, SENDER_PER_SECOND, validator.clock)
+        self.storage = RecordStorage(node_id, validator.clock, validator.rejected)
+        # Reads are always `latest` and end up in `storage`: the second cache stays empty.
+        self.cache = RecordStorage(node_id, validator.clock, validator.rejected, max_keys=0)
+        self.node_info = dht_pb2.NodeInfo(node_id=node_id.to_bytes())
+        self.client_mode = False
+        await self.add_p2p_handlers(p2p, namespace=self._namespace)
+        return self
+
+    async def shutdown(self) -> None:
+        await self.remove_p2p_handlers(self.p2p, namespace=self._namespace)
+
+    @classmethod
+    def _get_handle_name(cls, namespace: str | None, method_name: str) -> str:
+        return f"{namespace}::DHTProtocol.{method_name}"
+
+    def get_stub(self, peer: PeerID) -> Any:
+        self._collect_rpc_handlers()
+        assert self._stub_type is not None
+        return self._stub_type(self.p2p, peer, self._namespace)
+
+    # What others ask of us. A raised error goes back to the sender as its call's failure.
+
+    async def rpc_ping(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
+        self._check_place(request.peer, context.remote_id)
+        return await super().rpc_ping(request, context)
+
+    async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
+        """Keeps the good records of a request. False for a key of which not all were good, or none newer."""
+        self._check_place(request.peer, context.remote_id)
+        count = len(request.keys)
+        lists = (request.subkeys, request.values, request.expiration_time, request.in_cache)
+        self._check_keys(request.keys, MAX_STORE_KEYS)
+        if any(len(values) != count for values in lists):
+            raise self._refuse("malformed", "lists of different lengths")
+        if sum(map(len, request.values)) > MAX_REQUEST_BYTES:
+            raise self._refuse("oversized", f"more than {MAX_REQUEST_BYTES} bytes of values")
+        if not self._senders.take(context.remote_id, count):
+            raise self._refuse("too_fast", "too many records from this node")
+        await self._welcome(request.peer, context)
+        stored = [
+            self._store_one(key, tag, value, expiration_time)
+            for key, tag, value, expiration_time in zip(
+                request.keys, request.subkeys, request.values, request.expiration_time, strict=True
+            )
+        ]
+        return dht_pb2.StoreResponse(store_ok=stored, peer=self.node_info)
+
+    async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
+        self._check_place(request.peer, context.remote_id)
+        self._check_keys(request.keys, MAX_FIND_KEYS)
+        return await super().rpc_find(request, context)
+
+    def _store_one(self, key: bytes, tag: bytes, value: bytes, expiration_time: float) -> bool:
+        if tag != self.IS_DICTIONARY:
+            if not self._validate_record(key, tag, value, expiration_time):
+                return False
+            subkey = self.serializer.loads(tag)
+            return isinstance(subkey, str) and self._keep(DHTID.from_bytes(key), subkey, value, expiration_time)
+        try:
+            dictionary = self.serializer.loads(value)
+        except ProtocolError:
+            dictionary = None
+        if not isinstance(dictionary, DictionaryDHTValue):
+            self.record_validator.rejected["malformed"] += 1
+            return False
+        announced = len(dictionary)
+        self._validate_dictionary(key, dictionary)
+        kept = [
+            self._keep(DHTID.from_bytes(key), subkey, item.value, item.expiration_time)
+            for subkey, item in dictionary.items()
+        ]
+        return len(kept) == announced > 0 and all(kept)
+
+    def _keep(self, key: DHTID, subkey: str, value: bytes, expiration_time: float) -> bool:
+        return self.storage.store_subkey(key, subkey, value, expiration_time)
+
+    def _check_place(self, sender: dht_pb2.NodeInfo, peer: PeerID) -> None:
+        """A sender that gives a node id must give its own. One that gives none is a client: answer it."""
+        if sender.node_id and sender.node_id != node_id_of(peer).to_bytes():
+            raise self._refuse("wrong_place", "the node id is not the hash of the sender's peer id")
+
+    def _check_keys(self, keys: Sequence[bytes], most: int) -> None:
+        if not 0 < len(keys) <= most:
+            raise self._refuse("oversized", f"{len(keys)} keys, allowed 1 to {most}")
+        if any(len(key) != _NODE_ID_BYTES for key in keys):
+            raise self._refuse("malformed", f"a key that has not {_NODE_ID_BYTES} bytes")
+
+    def _refuse(self, reason: Reason, detail: str) -> RejectedRecord:
+        self.record_validator.rejected[reason] += 1
+        return RejectedRecord(reason, detail)
+
+    async def _welcome(self, sender: dht_pb2.NodeInfo, context: P2PContext) -> None:
+        if sender.node_id:
+            node_id = DHTID.from_bytes(sender.node_id)
+            await self.update_routing_table(node_id, context.remote_id, responded=True)
+
+    # What we ask of others.
+
+    async def call_ping(self, peer: PeerID, validate: bool = False, strict: bool = True) -> DHTID | None:
+        """The peer's node id, or None when it does not answer or claims a place that is not its own."""
+        try:
+            claimed = await super().call_ping(peer, validate=validate, strict=strict)
+        except AssertionError:  # hivemind's, for a node id of the wrong length
+            return None
+        return claimed if claimed == node_id_of(peer) else None
+
+    async def call_store(
+        self,
+        peer: PeerID,
+        keys: Sequence[DHTID],
+        values: Sequence[Any],
+        expiration_time: float | Sequence[float],
+        subkeys: Sequence[Any] | None = None,
+        in_cache: bool | Sequence[bool] | None = None,
+    ) -> list[bool] | None:
+        """hivemind's, in as many requests as the bounds need: it hands a newcomer all its keys in one."""
+        expirations = [expiration_time] * len(keys) if isinstance(expiration_time, float) else list(expiration_time)
+        tags = list(subkeys) if subkeys is not None else [None] * len(keys)
+        stored: list[bool] = []
+        for start, stop in _batches(values):
+            part = slice(start, stop)
+            answer = await super().call_store(
+                peer, keys[part], values[part], expirations[part], tags[part], in_cache=False
+            )
+            if answer is None or len(answer) != stop - start:
+                return None
+            stored.extend(answer)
+        return stored
+
+    async def call_find(
+        self, peer: PeerID, keys: Collection[DHTID]
+    ) -> dict[DHTID, tuple[Any, dict[DHTID, PeerID]]] | None:
+        """hivemind's, believing only verified records, and neighbours in the place that is theirs."""
+        found = await super().call_find(peer, keys)
+        if found is None:
+            return None
+        believed: dict[DHTID, tuple[Any, dict[DHTID, PeerID]]] = {}
+        for key, (item, nearest) in found.items():
+            neighbours = {node: who for node, who in nearest.items() if node == node_id_of(who)}
+            neighbours = dict(
+                sorted(neighbours.items(), key=lambda pair: key.xor_distance(pair[0]))[: self.bucket_size]
+            )
+            if item is not None:
+                for subkey, record in item.value.items():
+                    self._keep(key, subkey, record.value, record.expiration_time)
+                item = type(item)(item.value, item.value.latest_expiration_time)
+            believed[key] = item, neighbours
+        return believed
+
+    async def update_routing_table(self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True) -> None:
+        if responded and node_id != node_id_of(peer_id):
+            self.record_validator.rejected["wrong_place"] += 1
+            return
+        await super().update_routing_table(node_id, peer_id, responded)
+
+    def _validate_dictionary(self, key_bytes: bytes, dictionary: DictionaryDHTValue) -> bool:
+        """Drops the bad records of a dictionary from it. False when nothing is left."""
+        for subkey, (value, expiration_time) in list(dictionary.items()):
+            if not self._validate_record(key_bytes, self.serializer.dumps(subkey), value, expiration_time):
+                del dictionary[subkey]
+        expirations = [item.expiration_time for _, item in dictionary.items()]
+        dictionary.latest_expiration_time = max(expirations, default=float("-inf"))
+        return bool(expirations)
+
+
+def _batches(values: Sequence[Any]) -> list[tuple[int, int]]:
+    """(start, stop) of runs of values that fit one request each."""
+    batches: list[tuple[int, int]] = []
+    start, size = 0, 0
+    for index, value in enumerate(values):
+        nbytes = len(value) if isinstance(value, bytes) else len(value.packb())
+        if index > start and (size + nbytes > MAX_REQUEST_BYTES or index - start == MAX_STORE_KEYS):
+            batches.append((start, index))
+            start, size = index, 0
+        size += nbytes
+    if values:
+        batches.append((start, len(values)))
+    return batches

@@ -1,0 +1,1 @@
+"""Hosts behind the `Host` protocol: the Go libp2p daemon (default)."""

@@ -1,0 +1,130 @@
+"""A peer's home folder: everything it keeps, in one place.
+
+identity.key                 the Ed25519 key (mode 0600)
+runs/<run id>/               one folder per run
+    manifest.bin             the signed manifest
+    lock                     held by the process that trains
+    checkpoints/<module>/    complete checkpoints
+    blobs/                   contributions, bounded by --disk-quota
+    peers.json               addresses that answered last time
+    events.jsonl             the log (rotated at 16 MB)
+s/<8 characters of run id>/  control sockets (mode 0700), gone when the process ends
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import platformdirs
+
+from potluck.dht.manifest import RunId, SignedManifest, parse_run_id
+from potluck.errors import ManifestError, UserError
+from potluck.net.identity import Identity
+
+
+def default_home() -> Path:
+    return Path(os.environ.get("POTLUCK_HOME") or platformdirs.user_data_dir("potluck"))
+
+
+class RunFolder:
+    """One run's part of a home."""
+
+    def __init__(self, home: Path, run_id: RunId) -> None:
+        self.run_id = run_id
+        self.path = home / "runs" / run_id
+        self.sockets = home / "s" / run_id[:8]
+        self.manifest_path = self.path / "manifest.bin"
+        self.events_path = self.path / "events.jsonl"
+        self.blobs = self.path / "blobs"
+
+    def checkpoints(self, module: str) -> Path:
+        return self.path / "checkpoints" / module.replace("/", "_")
+
+    @property
+    def control_socket(self) -> Path:
+        return self.sockets / "control.sock"
+
+    def save_manifest(self, signed: SignedManifest) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.manifest_path, signed.envelope)
+
+    def manifest(self) -> SignedManifest | None:
+        try:
+            return SignedManifest.decode(self.manifest_path.read_bytes(), self.run_id)
+        except FileNotFoundError:
+            return None
+
+    def save_peers(self, addresses: list[str]) -> None:
+        write_atomically(self.path / "peers.json", msgspec.json.encode(addresses))
+
+    def peers(self) -> list[str]:
+        try:
+            return msgspec.json.decode((self.path / "peers.json").read_bytes(), type=list[str])
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return []
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held while a process trains this run. Raises UserError if another one does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another potluck process already takes part in run {self.run_id[:8]} with this home; "
+                    "see `potluck status`, or use another --home"
+                ) from None
+            yield
+
+
+class Home:
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().absolute()
+
+    def open(self) -> Home:
+        """Create the folder. Raises UserError where that fails."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise UserError(f"--home {self.path}: cannot be created: {error.strerror}") from None
+        if not os.access(self.path, os.W_OK):
+            raise UserError(f"--home {self.path}: not writable; choose another folder")
+        return self
+
+    def identity(self) -> Identity:
+        return Identity.load_or_create(self.path / "identity.key")
+
+    def run(self, run_id: RunId) -> RunFolder:
+        return RunFolder(self.path, run_id)
+
+    def runs(self) -> list[RunFolder]:
+        """All runs this home ever joined, most recently used first."""
+        found = []
+        for path in (self.path / "runs").glob("*/manifest.bin"):
+            try:
+                found.append((path.stat().st_mtime, self.run(parse_run_id(path.parent.name))))
+            except (ManifestError, OSError):
+                continue
+        return [run for _, run in sorted(found, key=lambda item: -item[0])]
+
+    def find_run(self, prefix: str | None = None) -> RunFolder:
+        """The run whose id begins with `prefix`; without one, the only or the most recent. Raises UserError."""
+        runs = [run for run in self.runs() if run.run_id.startswith(prefix or "")]
+        if not runs:
+            what = f"no run whose id begins with {prefix!r}" if prefix else "no run yet"
+            raise UserError(f"{what} in {self.path}: join one with `potluck join INVITE`, or name another --home")
+        if prefix and len(runs) > 1:
+            raise UserError(f"{prefix!r} fits {len(runs)} runs: give more characters of the run id")
+        return runs[0]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,200 @@
+"""A peer's network stack for one run: host, RPC, blobs, DHT and directory, assembled and kept connected."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from hivemind.dht.node import DHTNode
+
+from potluck.dht.directory import Directory
+from potluck.dht.invite import Invite
+from potluck.dht.manifest import MAX_MANIFEST_BYTES, RunId, SignedManifest
+from potluck.dht.node import add_peers, start_dht, stop_dht
+from potluck.errors import DaemonError, ManifestError, NetworkError, PotluckError, RpcError
+from potluck.net.blobs import BlobService, BlobStore
+from potluck.net.host import PeerId
+from potluck.net.hosts.go import GoHost
+from potluck.net.identity import Identity
+from potluck.net.rpc import Reply, Rpc
+from potluck.peer.clock import RunClock
+from potluck.peer.home import RunFolder
+
+Emit = Callable[..., None]
+
+MANIFEST_METHOD = "manifest.get"
+DIAL_SECONDS = 10.0
+#: How often a peer looks whether it is still connected, and remembers whom it knows.
+CARE_SECONDS = 5.0
+MAX_REMEMBERED = 64
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """`listen`, `announce`: multiaddrs. `upload`: bytes per second, None for no cap. `disk_quota`: bytes."""
+
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    announce: tuple[str, ...] = ()
+    disk_quota: int = 10 * 2**30
+    upload: float | None = None
+    nat_port_map: bool = True
+
+
+@dataclass
+class Node:
+    """Use as a context manager; everything it started ends with it."""
+
+    identity: Identity
+    folder: RunFolder
+    clock: RunClock
+    emit: Emit
+    settings: NetworkSettings = field(default_factory=NetworkSettings)
+    #: Peers that may relay for this one if it turns out to be behind a NAT.
+    relays: tuple[str, ...] = ()
+
+    host: GoHost = field(init=False)
+    rpc: Rpc = field(init=False)
+    store: BlobStore = field(init=False)
+    _dht: DHTNode | None = field(init=False, default=None)
+    _manifest: SignedManifest | None = field(init=False, default=None)
+    _stack: AsyncExitStack = field(init=False, default_factory=AsyncExitStack)
+    _daemon_failed: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+
+    async def __aenter__(self) -> Self:
+        try:
+            self.host = await GoHost.start(
+                self.identity,
+                self.folder.sockets / "d",
+                listen=self.settings.listen,
+                announce=self.settings.announce,
+                nat_port_map=self.settings.nat_port_map,
+                auto_relay=bool(self.relays) and self.settings.nat_port_map,
+                trusted_relays=self.relays if self.settings.nat_port_map else (),
+                on_event=self._on_daemon_event,
+            )
+            self._stack.push_async_callback(self.host.shutdown)
+            self.rpc = Rpc(self.host)
+            await self.rpc.start()
+            self._stack.push_async_callback(self.rpc.close)
+            self.store = BlobStore(self.folder.blobs, self.settings.disk_quota, clock=self.clock.now)
+            BlobService(self.rpc, self.store, max_upload_bytes_per_second=self.settings.upload)
+            self.rpc.register(MANIFEST_METHOD, self._serve_manifest, max_request_bytes=256)
+            self.clock.serve(self.rpc)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        await self._stack.aclose()
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.identity.peer_id
+
+    def _on_daemon_event(self, name: str, **fields: Any) -> None:
+        self.emit(name, **fields)
+        if name == "net.daemon.failed":
+            self._daemon_failed.set()
+
+    async def until_daemon_fails(self) -> None:
+        """Returns never, or raises DaemonError once the host has given up restarting its daemon."""
+        await self._daemon_failed.wait()
+        raise DaemonError("the libp2p daemon keeps dying: see the events log, free memory, then start again")
+
+    # ---- connections ----------------------------------------------------------------------------------------
+
+    async def dial(self, addresses: Sequence[str]) -> dict[str, PeerId | str]:
+        """Connect to all at once. Per address: the peer id, or why it failed."""
+
+        async def one(address: str) -> PeerId | str:
+            try:
+                return await self.host.connect(address, DIAL_SECONDS)
+            except NetworkError as error:
+                return str(error)
+
+        others = [a for a in dict.fromkeys(addresses) if not a.endswith(self.peer_id)]
+        return dict(zip(others, await asyncio.gather(*map(one, others)), strict=True))
+
+    async def connected(self) -> list[PeerId]:
+        return [PeerId(info.peer_id.to_base58()) for info in await self.host.list_peers()]
+
+    async def addresses(self) -> list[str]:
+        """Where others may reach us; loopback only if there is nothing else."""
+        found = [str(a) for a in await self.host.get_visible_maddrs(latest=True)]
+        public = [a for a in found if not a.startswith(("/ip4/127.", "/ip6/::1"))]
+        return [a for a in (public or found) if "/p2p-circuit" not in a or not public][:8]
+
+    async def keep_connected(self) -> None:
+        """Forever: remember who answers, hand newcomers to the DHT, dial everybody known when nobody is left."""
+        known = set[PeerId]()
+        while True:
+            await asyncio.sleep(CARE_SECONDS)
+            try:
+                infos = await self.host.list_peers()
+                peers = {PeerId(info.peer_id.to_base58()) for info in infos}
+                if self._dht and peers - known:
+                    await add_peers(self._dht, sorted(peers - known))
+                known = peers
+                if infos:
+                    found = [f"{a}/p2p/{i.peer_id.to_base58()}" for i in infos for a in i.addrs]
+                    kept = [a for a in dict.fromkeys(found + self.folder.peers()) if "/p2p-circuit" not in a]
+                    self.folder.save_peers(kept[:MAX_REMEMBERED])
+                else:
+                    await self.dial(self.folder.peers())
+            except (PotluckError, OSError) as error:
+                self.emit("net.care.failed", error=str(error))
+
+    # ---- manifest -------------------------------------------------------------------------------------------
+
+    def publish_manifest(self, signed: SignedManifest) -> None:
+        self._manifest = signed
+
+    async def fetch_manifest(self, invite: Invite) -> SignedManifest:
+        """From any connected peer; checked against the invite's run id. Raises NetworkError or ManifestError."""
+        failures: list[PotluckError] = []
+        for peer in await self.connected():
+            try:
+                reply = await self.rpc.call(
+                    peer,
+                    MANIFEST_METHOD,
+                    {"run": invite.run_id},
+                    timeout_seconds=10.0,
+                    max_response_bytes=MAX_MANIFEST_BYTES,
+                )
+                return SignedManifest.decode(bytes(reply.body), invite.run_id)
+            except (RpcError, ManifestError) as error:
+                failures.append(error)
+        manifest_errors = [e for e in failures if isinstance(e, ManifestError)]
+        if manifest_errors:
+            raise manifest_errors[0]
+        raise NetworkError(
+            "no peer of this invite gave the run's manifest: "
+            + ("; ".join(map(str, failures)) or "nobody is connected")
+            + ". Ask for a fresh invite (`potluck status` of anyone in the run prints one)"
+        )
+
+    async def _serve_manifest(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
+        if self._manifest is None or head.get("run") != self._manifest.run_id:
+            raise ManifestError("this peer does not take part in that run")
+        return Reply({}, self._manifest.envelope)
+
+    # ---- directory ------------------------------------------------------------------------------------------
+
+    async def join_dht(self, run_id: RunId, max_ahead_seconds: float, wait_seconds: float) -> Directory:
+        node = await start_dht(
+            self.host,
+            run_id,
+            initial_peers=await self.connected(),
+            max_ahead_seconds=max_ahead_seconds,
+            wait_timeout_seconds=wait_seconds,
+            clock=self.clock.now,
+        )
+        self._dht = node
+        self._stack.push_async_callback(stop_dht, node)
+        directory = Directory(node, self.identity, run_id, clock=self.clock.now)
+        self._stack.push_async_callback(directory.close)
+        return directory

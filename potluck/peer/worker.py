@@ -1,0 +1,503 @@
+"""The worker: joins one run, trains its module in gossip rounds, and tells what it does.
+
+`Peer` is the main object that a newcomer sees:
+
+    async with Peer.open(home) as peer:
+        run = await peer.join("potluck:...")
+        async for report in run.rounds():
+            print(report.round, report.loss)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from potluck import __version__
+from potluck.dht.directory import Directory
+from potluck.dht.invite import Invite
+from potluck.dht.manifest import Manifest, RunId, SignedManifest
+from potluck.dht.manifest import sign as sign_manifest
+from potluck.dht.records import Replica
+from potluck.dht.shards import shard_of
+from potluck.dht.template import load_toml
+from potluck.errors import HardwareError, ManifestError, NetworkError, PotluckError, StateError
+from potluck.net.blobs import BlobId, BlobRef, fetch
+from potluck.net.identity import Identity
+from potluck.peer.clock import SAID_SECONDS, RunClock
+from potluck.peer.control import ControlServer
+from potluck.peer.events import EventLog
+from potluck.peer.hardware import choose_device, fit_micro_batch
+from potluck.peer.home import Home, RunFolder
+from potluck.peer.node import NetworkSettings, Node
+from potluck.swarm.checkpoints import CheckpointStore
+from potluck.swarm.codecs import CODEC_NAMES, make_codec
+from potluck.swarm.data import Corpus, assigned_offsets, load_corpus
+from potluck.swarm.exchange import NetworkExchange
+from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.local import LocalTrainer
+from potluck.swarm.model import build_module
+from potluck.swarm.outer import OuterStep
+from potluck.swarm.phases import Round, RoundClock
+from potluck.swarm.rounds import GossipReplica, RoundReport, RoundRules
+from potluck.swarm.state import ReplicaState, parse_state, state_bytes
+from potluck.swarm.waits import WaitBoard
+
+#: The module of a data-parallel run: a pipeline of one stage.
+MODULE = "stage.0"
+CLOCK_CHECK_SECONDS = 30.0
+#: Held-out windows evaluated at the start of each round: the loss curve costs little beside the round's steps.
+EVALUATED_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class PeerSettings:
+    """This volunteer's own choices; the run's are in the manifest."""
+
+    name: str = ""
+    device: str = "auto"
+    threads: int | None = None
+    data: str | None = None
+    keep_checkpoints: int = 3
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is built from a manifest before the first round."""
+
+    trainer: LocalTrainer
+    corpus: Corpus
+    theta_0: ReplicaState
+
+
+class Peer:
+    """One identity on one machine. Open it, then host or join a run."""
+
+    def __init__(self, home: Home, settings: PeerSettings) -> None:
+        self.home, self.settings = home, settings
+        self.identity: Identity = home.identity()
+        self._stack = AsyncExitStack()
+
+    @classmethod
+    def open(cls, home: Path | Home, settings: PeerSettings | None = None) -> Peer:
+        """Raises UserError or IdentityError if the home cannot be used."""
+        where = home if isinstance(home, Home) else Home(home)
+        return cls(where.open(), settings or PeerSettings())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        await self._stack.aclose()
+
+    async def host(self, manifest_file: Path, start_in_seconds: float = 2.0) -> Run:
+        """Sign the manifest (or find the run that this home already started from it) and take part in it."""
+        draft = load_toml(manifest_file)
+        draft_manifest = draft.finish(self.identity.peer_id, created=0.0, genesis=0.0)
+        for folder in self.home.runs():
+            signed = folder.manifest()
+            if signed and _same_draft(signed.manifest, draft_manifest):
+                return await self._take_part(folder, signed, None)
+        theta_0 = await asyncio.to_thread(initial_state, draft_manifest)
+        now = time.time()
+        signed = sign_manifest(
+            draft.finish(
+                self.identity.peer_id,
+                created=now,
+                genesis=round(now + start_in_seconds, 3),
+                initial_state=theta_0.digest,
+                initial_bytes=theta_0.ref.size,
+            ),
+            self.identity,
+        )
+        folder = self.home.run(signed.run_id)
+        folder.save_manifest(signed)
+        return await self._take_part(folder, signed, None)
+
+    async def join(self, invite: str | Invite) -> Run:
+        """Take part in the run that an invite names. Raises ManifestError, NetworkError, ClockError, ..."""
+        parsed = invite if isinstance(invite, Invite) else Invite.parse(invite)
+        folder = self.home.run(parsed.run_id)
+        return await self._take_part(folder, folder.manifest(), parsed)
+
+    async def _take_part(self, folder: RunFolder, signed: SignedManifest | None, invite: Invite | None) -> Run:
+        self._stack.enter_context(folder.locked())
+        run = Run(self, folder, signed, invite)
+        await self._stack.enter_async_context(run)
+        return run
+
+
+class Run:
+    """This peer's part in one run. `state` says what it is doing; `replica` is there once it has joined."""
+
+    def __init__(self, peer: Peer, folder: RunFolder, signed: SignedManifest | None, invite: Invite | None) -> None:
+        self.peer, self.folder = peer, folder
+        self.identity, self.settings = peer.identity, peer.settings
+        self.clock = RunClock()
+        self.waits = WaitBoard(self.clock.now)
+        self.events = EventLog(folder.events_path, peer=self.identity.peer_id, name=self.settings.name)
+        self.phase = "starting"
+        self.replica: GossipReplica | None = None
+        relays = invite.peers if invite else ()
+        self.node = Node(self.identity, folder, self.clock, self.events.emit, self.settings.network, relays)
+        self._signed, self._invite = signed, invite
+        self._session = secrets.token_bytes(16)
+        self._started = time.time()
+        self._stack = AsyncExitStack()
+        self._reports: asyncio.Queue[RoundReport | None] = asyncio.Queue()
+        self._rounds_left: int | None = None
+        self._parts: _Parts | None = None
+        self._directory: Directory | None = None
+        self._checkpoints: CheckpointStore | None = None
+        self._wrote: asyncio.Task[None] | None = None
+        self._visible: list[str] = []
+
+    # ---- joining --------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        await self._stack.aclose()
+        self.events.close()
+
+    async def _start(self) -> None:
+        self._say("network", "the libp2p daemon to start", 30)
+        await self._stack.enter_async_context(self.node)
+        control = ControlServer(
+            self.folder.control_socket, {"status": self.status, "why": self.why, "leave": self._leave}
+        )
+        await self._stack.enter_async_context(control)
+        await self._connect()
+        if self._signed is None:
+            assert self._invite is not None
+            self._signed = await self.node.fetch_manifest(self._invite)
+            self.folder.save_manifest(self._signed)
+        self.manifest.check_known(codecs=CODEC_NAMES)
+        self.node.publish_manifest(self._signed)
+        await self._check_clock(first=True)
+        self._say("building", "model and data", 300)
+        own = self.manifest.organizer == self.identity.peer_id
+        self._parts = await asyncio.to_thread(self._build, own)
+        self._directory = await self.node.join_dht(
+            self.run_id,
+            max_ahead_seconds=(self.manifest.rounds.retain + 3) * self.manifest.rounds.seconds + 60,
+            wait_seconds=min(3.0, max(0.5, self.manifest.rounds.exchange_seconds / 4)),
+        )
+        self._visible = await self.node.addresses()
+        self.replica = await self._make_replica(self._parts, self._directory)
+        self.phase = "training"
+
+    async def _connect(self) -> None:
+        invited = list(self._invite.peers) if self._invite else []
+        addresses = [*invited, *self.folder.peers()]
+        self._say("connecting", f"one of {len(addresses)} known peers", 10)
+        results = await self.node.dial(addresses)
+        failures = [f"{address}: {why}" for address, why in results.items() if not address.endswith(why)]
+        if failures and len(failures) == len(results):
+            if self._signed is None:
+                raise NetworkError(
+                    "none of the invite's peers can be reached: "
+                    + "; ".join(failures)
+                    + ". Check the address and the firewall, or ask for a fresh invite"
+                )
+            self.events.emit("net.bootstrap.unreachable", failures=failures)
+
+    async def _check_clock(self, first: bool = False) -> None:
+        measured = await self.clock.measure(self.node.rpc, await self.node.connected())
+        if measured is None:
+            return
+        if self.clock.correct(measured):
+            self.events.emit("peer.clock.corrected", seconds=measured, limit=SAID_SECONDS)
+        elif first:
+            self.events.emit("peer.clock.checked", seconds=measured)
+
+    def _build(self, own_manifest: bool) -> _Parts:
+        """Model, data and device. Blocking; seconds."""
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        manifest, device = self.manifest, choose_device(self.settings.device)
+        corpus = load_corpus(manifest.data, self.settings.data, own_manifest)
+        module = build_module(manifest.model, MODULE)
+        theta_0 = _state_of(module, manifest)
+        micro_batch = fit_micro_batch(manifest.training.batch_size, manifest.data.sequence_length, module, device)
+        return _Parts(LocalTrainer(module, manifest.training, device, micro_batch=micro_batch), corpus, theta_0)
+
+    async def _make_replica(self, parts: _Parts, directory: Directory) -> GossipReplica:
+        manifest = self.manifest
+        self._checkpoints = CheckpointStore(
+            self.folder.checkpoints(MODULE), self.run_id, self.settings.keep_checkpoints
+        )
+        return GossipReplica(
+            peer=self.identity.peer_id,
+            module=MODULE,
+            rules=_rules(manifest),
+            trainer=parts.trainer,
+            codec=make_codec(manifest.codec.name, manifest.codec.parameters),
+            outer=_outer(manifest),
+            exchange=NetworkExchange(
+                directory,
+                self.node.rpc,
+                self.node.store,
+                retain_seconds=(manifest.rounds.retain + 2) * manifest.rounds.seconds,
+                keep_states=manifest.rounds.retain,
+            ),
+            batches=self._batches,
+            held_out=parts.corpus.held_out_batch(EVALUATED_WINDOWS),
+            now=self.clock.now,
+            waits=self.waits,
+            emit=self._on_event,
+            session=self._session,
+            on_state=self._on_state,
+        )
+
+    # ---- training -------------------------------------------------------------------------------------------
+
+    async def train(self) -> None:
+        """Rounds until asked to leave. Raises what ends a peer: ClockError, IdentityError, DaemonError."""
+        assert self.replica and self._parts
+        start = await self._starting_state(self._parts)
+        care = [
+            asyncio.create_task(self.node.keep_connected()),
+            asyncio.create_task(self._watch_clock()),
+            asyncio.create_task(self.node.until_daemon_fails()),
+        ]
+        training = asyncio.create_task(self.replica.run(start))
+        try:
+            await asyncio.wait([training, *care], return_when=asyncio.FIRST_COMPLETED)
+            for task in (*care, training):
+                if task.done():
+                    await task
+        finally:
+            self.replica.stop()
+            for task in care:
+                task.cancel()
+            await asyncio.gather(training, *care, return_exceptions=True)
+            if self._wrote:
+                await self._wrote
+            self.phase = "left"
+            self._reports.put_nowait(None)
+
+    async def rounds(self, at_most: int | None = None) -> AsyncIterator[RoundReport]:
+        """Train, and yield each round's report as it is applied. `at_most`: leave after so many rounds."""
+        self._rounds_left = at_most
+        training = asyncio.create_task(self.train())
+        try:
+            while (report := await self._reports.get()) is not None:
+                yield report
+        finally:
+            self.stop()
+            await training
+
+    def stop(self) -> None:
+        """Leave at once (Ctrl-C): the round in progress is given up, the last checkpoint stays."""
+        if self.replica:
+            self.replica.stop()
+
+    async def _starting_state(self, parts: _Parts) -> ReplicaState:
+        """The newest checkpoint, else theta_0: built from the seed, or downloaded where the seed gives other bits."""
+        assert self._checkpoints and self.replica
+        saved = await asyncio.to_thread(self._checkpoints.latest, parts.theta_0.layout, MODULE)
+        if saved:
+            if self.replica.residual is not None and saved.residual is not None:
+                self.replica.residual[:] = saved.residual
+            self.events.emit("peer.checkpoint.loaded", round=saved.state.round)
+            return saved.state
+        wanted = self.manifest.model.initial_state
+        if wanted is None or wanted == parts.theta_0.digest:
+            return parts.theta_0
+        return await self._download_theta_0(parts.theta_0, wanted)
+
+    async def _download_theta_0(self, ours: ReplicaState, wanted: str) -> ReplicaState:
+        self.events.emit("peer.theta0.differs", ours=ours.digest, wanted=wanted)
+        size = state_bytes(ours.layout, ours.velocity is not None)
+        if self.manifest.model.initial_bytes != size:
+            raise ManifestError("model.initial_bytes does not fit the model that the manifest describes")
+        fetched = await fetch(
+            self.node.rpc,
+            BlobRef(BlobId(wanted), size),
+            await self.node.connected(),
+            timeout_seconds=300.0,
+            max_bytes=size,
+            store=self.node.store,
+        )
+        return parse_state(fetched, MODULE, ours.layout, ours.velocity is not None)
+
+    def _batches(self, round_: Round) -> Iterator[torch.Tensor]:
+        assert self._parts
+        size = self.manifest.training.batch_size
+        seed = self.run_id.encode() + self.manifest.data.seed.to_bytes(8, "big")
+        first = 0
+        while True:
+            offsets = assigned_offsets(seed, MODULE, self.identity.peer_id, round_, first, size, self._parts.corpus)
+            yield self._parts.corpus.batch(offsets)
+            first += size
+
+    async def _on_state(self, state: ReplicaState, residual: Flat | None) -> None:
+        """Checkpoint in the background; a write still under way is waited for, so that at most one is missing."""
+        if self._wrote:
+            await self._wrote
+        copy = None if residual is None else residual.copy()
+        self._wrote = asyncio.create_task(self._save(state, copy))
+        if state.round == 0:
+            # theta_0 stays available for those whose machines draw other initial weights from the seed.
+            await asyncio.to_thread(lambda: self.node.store.put(b"".join(state.buffers), pin=True))
+        await self._announce(state)
+
+    async def _save(self, state: ReplicaState, residual: Flat | None) -> None:
+        assert self._checkpoints
+        try:
+            await asyncio.to_thread(self._checkpoints.save, state, residual)
+        except StateError as error:
+            self.events.emit("peer.checkpoint.failed", error=str(error))
+
+    async def _announce(self, state: ReplicaState) -> None:
+        assert self._directory and self.replica
+        record = Replica(
+            module=MODULE,
+            shard=shard_of(self.identity.peer_id, 0, self.replica.shards),
+            round=state.round,
+            role="organizer" if self.manifest.organizer == self.identity.peer_id else "worker",
+            digest=bytes.fromhex(state.digest),
+            session=self._session,
+            started=self._started,
+            addresses=self._visible[:4],
+            name=self.settings.name[:64],
+        )
+        expires = self.clock.now() + 3 * self.manifest.rounds.seconds
+        self._announcing = asyncio.create_task(self._directory.publish(record, expires, 5.0))
+
+    async def _watch_clock(self) -> None:
+        while True:
+            await asyncio.sleep(CLOCK_CHECK_SECONDS)
+            await self._check_clock()
+
+    # ---- telling --------------------------------------------------------------------------------------------
+
+    @property
+    def manifest(self) -> Manifest:
+        assert self._signed is not None
+        return self._signed.manifest
+
+    @property
+    def run_id(self) -> RunId:
+        return self.folder.run_id
+
+    async def invite(self) -> Invite:
+        """A fresh invite: this peer first, then others that it knows."""
+        own = await self.node.addresses()
+        others = [a for a in self.folder.peers() if not a.endswith(self.identity.peer_id)]
+        return Invite(self.run_id, tuple(dict.fromkeys([*own[:2], *others[:3]])))
+
+    async def status(self) -> dict[str, Any]:
+        replica, last = self.replica, self.replica.last if self.replica else None
+        return {
+            "run": self.run_id,
+            "run_name": self.manifest.name if self._signed else None,
+            "peer": self.identity.peer_id,
+            "name": self.settings.name,
+            "version": __version__,
+            "pid": os.getpid(),
+            "phase": self.phase,
+            "round": replica.state.round if replica and replica.state else None,
+            "loss": last.loss if last else None,
+            "tokens_per_second": last.tokens / max(1e-9, last.seconds["train"]) if last else None,
+            "alone": last.alone if last else None,
+            "rounds_alone": replica.rounds_alone if replica else 0,
+            "group": list(last.group) if last else [],
+            "agree": last.agree if last else None,
+            "connected_peers": len(await self.node.connected()),
+            "bytes_sent": self.node.rpc.bytes_sent,
+            "bytes_received": self.node.rpc.bytes_received,
+            "clock_offset_seconds": self.clock.offset,
+            "daemon_restarts": self.node.host.restarts,
+            "invite": str(await self.invite()),
+        }
+
+    async def why(self) -> dict[str, Any]:
+        last = self.replica.last if self.replica else None
+        return {
+            "phase": self.phase,
+            "now": self.clock.now(),
+            "waits": self.waits.current(),
+            "alone": last.alone if last else None,
+            "rounds_alone": self.replica.rounds_alone if self.replica else 0,
+            "missing": dict(last.missing) if last else {},
+        }
+
+    async def _leave(self) -> dict[str, Any]:
+        if self.replica is None:
+            raise HardwareError("the peer has not joined yet; stop it with Ctrl-C")
+        self.replica.finish()
+        round_ = self.replica.state.round if self.replica.state else None
+        return {"leaving_after_round": round_}
+
+    def _on_event(self, name: str, **fields: Any) -> None:
+        self.events.emit(name, **fields)
+        if name == "swarm.round.applied" and self.replica and self.replica.last:
+            self._reports.put_nowait(self.replica.last)
+            if self._rounds_left is not None:
+                self._rounds_left -= 1
+                if self._rounds_left == 0:
+                    self.replica.finish()
+
+    def _say(self, phase: str, what: str, seconds: float) -> None:
+        self.phase = phase
+        self.events.emit("peer.phase", phase=phase, waiting_for=what, at_most_seconds=seconds)
+
+
+def initial_state(manifest: Manifest) -> ReplicaState:
+    """theta_0 from the manifest's seed, its digest computed. Blocking."""
+    return _state_of(build_module(manifest.model, MODULE), manifest)
+
+
+def _state_of(module: torch.nn.Module, manifest: Manifest) -> ReplicaState:
+    layout = Layout.of_module(module)
+    velocity = layout.zeros() if manifest.outer.momentum > 0 else None
+    state = ReplicaState(MODULE, layout, Round(0), layout.gather(module), velocity)
+    _ = state.digest
+    return state
+
+
+def _rules(manifest: Manifest) -> RoundRules:
+    rounds = manifest.rounds
+    return RoundRules(
+        clock=RoundClock(manifest.genesis, rounds.seconds, rounds.exchange_seconds),
+        steps=rounds.steps,
+        group_size=rounds.group_size,
+        retain=rounds.retain,
+        fragments=rounds.fragments,
+        sync_limit=rounds.sync_limit,
+        clip=manifest.aggregation.clip,
+        batch_size=manifest.training.batch_size,
+    )
+
+
+def _outer(manifest: Manifest) -> OuterStep:
+    outer = manifest.outer
+    return OuterStep(outer.learning_rate, outer.momentum, outer.nesterov, outer.momentum_warmup_rounds)
+
+
+def _same_draft(manifest: Manifest, draft: Manifest) -> bool:
+    """Whether a run was started from this draft: equal but for what `host` fills in."""
+    filled = {"created": draft.created, "genesis": draft.genesis, "organizer": draft.organizer}
+    model = manifest.model.model_copy(update={"initial_state": None, "initial_bytes": 0})
+    return manifest.model_copy(update={**filled, "model": model}) == draft and manifest.organizer == draft.organizer
+
+
+__all__ = ["Peer", "PeerSettings", "PotluckError", "Run", "initial_state"]

@@ -1,0 +1,1 @@
+"""What Potluck exists for: model slices, data, codecs, aggregation, gossip rounds, state transfer, checkpoints."""

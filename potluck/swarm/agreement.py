@@ -1,0 +1,44 @@
+"""Who agrees with whom: what the digests in a round's commits say. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from potluck.net.host import PeerId
+
+
+class Claim(NamedTuple):
+    """One commit's word about the state it started from."""
+
+    peer: PeerId
+    digest: str
+    history: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The digest most commits started from, and who did. `unanimous`: nobody differs."""
+
+    digest: str
+    history: int
+    holders: tuple[PeerId, ...]
+    unanimous: bool
+
+
+def agreement(claims: Iterable[Claim]) -> Agreement | None:
+    """The plurality; ties go to the longer history (a newcomer never outvotes a trained model), then by digest."""
+    by_state: dict[tuple[str, int], list[PeerId]] = defaultdict(list)
+    for claim in claims:
+        by_state[claim.digest, claim.history].append(claim.peer)
+    if not by_state:
+        return None
+    (digest, history), holders = max(by_state.items(), key=lambda item: (len(item[1]), item[0][1], item[0][0]))
+    return Agreement(digest, history, tuple(sorted(holders)), unanimous=len(by_state) == 1)
+
+
+def network_at_fault(group: Sequence[PeerId], missing: Mapping[PeerId, str]) -> bool:
+    """Many missing at once is the network's fault, not theirs (`rounds.md` step 4): more than half of the others."""
+    return len(missing) >= 2 and 2 * len(missing) > len(group)

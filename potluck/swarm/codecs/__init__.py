@@ -1,0 +1,57 @@
+"""Codecs: a module's pseudo-gradient as bytes, and back. One file per codec; registered by name in the manifest.
+
+A blob is `magic, version, codec name, layout digest` and then the codec's own payload. Decoding is hostile-input
+code: the exact length is known before anything is read, values are finite and bounded, indices in range and
+increasing, else `CodecError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from potluck.errors import ManifestError
+from potluck.swarm.aggregate import Contribution
+from potluck.swarm.layout import Flat, Layout
+
+
+class Codec(Protocol):
+    """Stateless; what a replica remembers between rounds (error feedback) is its `residual`."""
+
+    name: str
+
+    def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
+        """Encode delta (+ residual). With error feedback, `residual` is updated in place to what was not sent."""
+        ...
+
+    def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:
+        """Raises CodecError on anything but a well-formed blob of this layout."""
+        ...
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether error feedback is used, so that a replica keeps a residual buffer."""
+        ...
+
+    def max_bytes(self, layout: Layout) -> int:
+        """The largest valid blob: what a peer must be ready to receive, and refuses beyond."""
+        ...
+
+
+def make_codec(name: str, parameters: Mapping[str, int | float] | None = None) -> Codec:
+    """The codec a manifest names. Raises ManifestError that lists what there is."""
+    from potluck.swarm.codecs.int8 import Int8Codec
+    from potluck.swarm.codecs.none import NoneCodec
+    from potluck.swarm.codecs.sparse import SparseCodec
+
+    registry = {"none": NoneCodec, "int8": Int8Codec, "sparse": SparseCodec}
+    if name not in registry:
+        raise ManifestError(f"codec.name: unknown codec {name!r}; this version knows {', '.join(registry)}")
+    try:
+        codec: Codec = registry[name](**dict(parameters or {}))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ManifestError(f"codec.parameters of {name!r}: {error}") from None
+    return codec
+
+
+CODEC_NAMES = ("none", "int8", "sparse")

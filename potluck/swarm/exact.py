@@ -1,0 +1,35 @@
+"""Reductions that give the same bits on every machine.
+
+Peers compare digests of their parameters, so equal inputs must give equal bits whatever the SIMD width, the thread
+count or the library. Elementwise IEEE adds and multiplies do; a library's `sum` or `norm` may not. These reductions
+are built of elementwise operations in a fixed order only (`rounds.md`, "Bit-identity across unlike hardware").
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+
+def tree_sum(values: npt.NDArray[np.float64]) -> float:
+    """Sum by halving: the upper half is added onto the lower one until one value is left. Destroys `values`."""
+    n = values.size
+    if n == 0:
+        return 0.0
+    while n > 1:
+        half = n // 2
+        lower = values[:half]
+        np.add(lower, values[half : 2 * half], out=lower)
+        if n % 2:
+            values[0] += values[n - 1]
+        n = half
+    return float(values[0])
+
+
+def norm(values: npt.NDArray[np.float32]) -> float:
+    """Euclidean norm. Squares of float32 are exact in float64; the square root is correctly rounded (IEEE 754)."""
+    squares = values.astype(np.float64)
+    np.multiply(squares, squares, out=squares)
+    return math.sqrt(tree_sum(squares))

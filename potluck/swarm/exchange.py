@@ -1,0 +1,130 @@
+"""What a gossip round needs of the network, as a small protocol, and the real thing behind it.
+
+Tests put a fake behind the protocol; `NetworkExchange` is the DHT directory plus content-addressed blobs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from potluck.dht.directory import Directory
+from potluck.dht.records import Commit, Signed
+from potluck.net.blobs import BlobId, BlobRef, BlobStore, FetchReport, fetch
+from potluck.net.host import PeerId
+from potluck.net.rpc import Rpc
+from potluck.swarm.phases import Round
+from potluck.swarm.state import ReplicaState
+
+#: Memory that recent states may take beyond the current and the previous one, which are always served.
+STATE_BYTES = 256 * 2**20
+
+
+class Exchange(Protocol):
+    """Times are seconds; `reveal_at` and `expires_at` are UTC."""
+
+    async def publish(self, commit: Commit, expires_at: float, timeout_seconds: float) -> bool:
+        """Store a commit where its group looks for it. False if others cannot have seen it."""
+        ...
+
+    async def commits(self, module: str, round_: Round, shard: int, timeout_seconds: float) -> list[Signed[Commit]]: ...
+
+    def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
+        """Serve a blob from `reveal_at` on."""
+        ...
+
+    def offer_state(self, state: ReplicaState) -> None:
+        """Serve a state whose digest is known; old ones are dropped."""
+        ...
+
+    async def fetch(
+        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
+    ) -> memoryview:
+        """A contribution or a fragment. Raises BlobUnavailable or BlobError."""
+        ...
+
+    async def fetch_state(
+        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
+    ) -> tuple[memoryview, dict[PeerId, int]]:
+        """A state, in chunks from several holders at once, and the bytes that each gave."""
+        ...
+
+    def traffic(self) -> tuple[int, int]:
+        """(bytes sent, bytes received) so far, everything counted."""
+        ...
+
+
+class NetworkExchange:
+    """`retain_seconds`: how long contributions are kept for those who catch up; `keep_states`: states served."""
+
+    def __init__(
+        self, directory: Directory, rpc: Rpc, store: BlobStore, retain_seconds: float, keep_states: int
+    ) -> None:
+        self._directory, self._rpc, self._store = directory, rpc, store
+        self._retain_seconds, self._keep_states = retain_seconds, keep_states
+        self._states: deque[ReplicaState] = deque()
+        self._kept: deque[tuple[float, BlobId]] = deque()
+
+    async def publish(self, commit: Commit, expires_at: float, timeout_seconds: float) -> bool:
+        return await self._directory.publish(commit, expires_at, timeout_seconds)
+
+    async def commits(self, module: str, round_: Round, shard: int, timeout_seconds: float) -> list[Signed[Commit]]:
+        view = await self._directory.commits(module, round_, shard, timeout_seconds=timeout_seconds)
+        return list(view.records)
+
+    def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
+        ref = self._store.put(blob, reveal_at=reveal_at)
+        self._keep(ref.id)
+        return ref
+
+    def offer_state(self, state: ReplicaState) -> None:
+        self._states.append(state)
+        self._store.add_memory(state.chunks, state.buffers)
+        spare = max(0, STATE_BYTES // state.ref.size)
+        while len(self._states) > min(self._keep_states, 2 + spare):
+            self._store.drop_memory(self._states.popleft().digest)
+
+    async def fetch(
+        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
+    ) -> memoryview:
+        blob = await fetch(
+            self._rpc,
+            ref,
+            holders,
+            timeout_seconds=timeout_seconds,
+            max_bytes=max_bytes,
+            store=self._store,
+        )
+        self._keep(ref.id)
+        return blob
+
+    async def fetch_state(
+        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
+    ) -> tuple[memoryview, dict[PeerId, int]]:
+        # An array of float64, so that a state's float32 arrays lie aligned where they were received.
+        into = np.empty(-(-ref.size // 8), dtype=np.float64).data.cast("B")[: ref.size]
+        report = FetchReport()
+        await fetch(
+            self._rpc,
+            ref,
+            holders,
+            timeout_seconds=timeout_seconds,
+            max_bytes=max_bytes,
+            into=into,
+            report=report,
+        )
+        return into, report.bytes_by_holder
+
+    def _keep(self, blob: BlobId) -> None:
+        """Contributions go when nobody can need them any more; the quota is only the last resort."""
+        now = time.monotonic()
+        self._kept.append((now, blob))
+        while self._kept and self._kept[0][0] < now - self._retain_seconds:
+            self._store.remove(self._kept.popleft()[1])
+
+    def traffic(self) -> tuple[int, int]:
+        return self._rpc.bytes_sent, self._rpc.bytes_received

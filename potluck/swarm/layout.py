@@ -1,0 +1,89 @@
+"""The index space of a module: its tensors in name order, laid end to end in one flat float32 vector.
+
+Everything that peers exchange (states, contributions, fragments) is a statement about this vector, so that two
+peers agree on what index 12,345 means without saying so. Equal layouts have equal `digest`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+
+#: A flat float32 vector over a layout, shape (layout.size,).
+Flat = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor's place in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+    @property
+    def range(self) -> slice:
+        return slice(self.offset, self.offset + self.size)
+
+
+@dataclass(frozen=True)
+class Layout:
+    slots: tuple[Slot, ...]
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, tuple[int, ...]]]) -> Layout:
+        """`tensors`: (name, shape) pairs in any order."""
+        slots, offset = [], 0
+        for name, shape in sorted(tensors):
+            size = int(np.prod(shape, dtype=np.int64))
+            slots.append(Slot(name, tuple(shape), offset, size))
+            offset += size
+        return cls(tuple(slots))
+
+    @classmethod
+    def of_module(cls, module: torch.nn.Module) -> Layout:
+        """Trainable parameters only; tied ones count once."""
+        return cls.of((n, tuple(p.shape)) for n, p in module.named_parameters() if p.requires_grad)
+
+    @cached_property
+    def size(self) -> int:
+        """Number of float32 values in all tensors."""
+        return sum(slot.size for slot in self.slots)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that name this layout."""
+        listing = msgspec.msgpack.encode([(slot.name, slot.shape) for slot in self.slots])
+        return hashlib.sha256(b"potluck.layout.1" + listing).digest()[:16]
+
+    def empty(self) -> Flat:
+        return np.empty(self.size, dtype=np.float32)
+
+    def zeros(self) -> Flat:
+        return np.zeros(self.size, dtype=np.float32)
+
+    def gather(self, module: torch.nn.Module) -> Flat:
+        """A module's parameters as one flat CPU vector (a copy)."""
+        flat = self.empty()
+        parameters = dict(module.named_parameters())
+        out = torch.from_numpy(flat)
+        for slot in self.slots:
+            out[slot.range].copy_(parameters[slot.name].detach().reshape(-1))
+        return flat
+
+    @torch.no_grad()
+    def scatter(self, flat: Flat, module: torch.nn.Module) -> None:
+        """Write the flat vector into a module's parameters, on whatever device and dtype they are."""
+        parameters = dict(module.named_parameters())
+        source = torch.from_numpy(flat)
+        for slot in self.slots:
+            parameter = parameters[slot.name]
+            parameter.copy_(source[slot.range].view(slot.shape))

@@ -1,0 +1,610 @@
+"""Gossip rounds: train, commit, reveal, pull, aggregate, apply, agree (`rounds.md`, steps 1 to 7).
+
+Leaderless and pull-based: nobody proposes a group and nobody waits for an answer. A round's deadlines come from the
+clock alone (`phases.py`); what is late, missing or invalid is left out and noted. `GossipReplica` drives one module's
+replica through rounds; everything it decides is in pure functions beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from potluck.dht.records import Commit, Signed
+from potluck.dht.shards import count_replicas, estimate_replicas, next_shards, shard_of
+from potluck.errors import (
+    BlobUnavailable,
+    CodecError,
+    IdentityError,
+    NetworkError,
+    ProtocolError,
+    StateError,
+)
+from potluck.net.blobs import BlobId, BlobRef
+from potluck.net.host import PeerId
+from potluck.swarm.aggregate import Contribution, Sparse, aggregate, token_weights
+from potluck.swarm.agreement import Agreement, Claim, agreement, network_at_fault
+from potluck.swarm.codecs import Codec
+from potluck.swarm.exchange import Exchange
+from potluck.swarm.fragments import blend, decode_fragment, encode_fragment, fragment_bytes
+from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.local import LocalResult
+from potluck.swarm.outer import OuterStep
+from potluck.swarm.phases import Round, RoundClock, Window
+from potluck.swarm.state import ReplicaState, parse_state, state_bytes
+from potluck.swarm.waits import WaitBoard
+
+T = TypeVar("T")
+Emit = Callable[..., None]
+
+#: How far back a joiner looks for a round that somebody committed to.
+LOOK_BACK_ROUNDS = 3
+
+
+class Trainer(Protocol):
+    """The part of `LocalTrainer` that rounds use."""
+
+    @property
+    def layout(self) -> Layout: ...
+    def load(self, theta: Flat) -> None: ...
+    def train(
+        self,
+        batches: Iterator[torch.Tensor],
+        max_steps: int,
+        first_step: int,
+        may_start: Callable[[float], bool] = ...,
+    ) -> LocalResult: ...
+    def delta(self, theta: Flat) -> Flat: ...
+    def evaluate(self, tokens: torch.Tensor) -> float: ...
+
+
+@dataclass(frozen=True)
+class RoundRules:
+    """What the manifest says about rounds."""
+
+    clock: RoundClock
+    steps: int
+    group_size: int
+    retain: int
+    fragments: int
+    sync_limit: float
+    clip: bool
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in one round, as the live table, the logs and the tests read it. Seconds are durations."""
+
+    round: Round
+    group: tuple[PeerId, ...]
+    missing: Mapping[PeerId, str]
+    alone: bool
+    contributed: bool
+    steps: int
+    tokens: int
+    loss: float
+    digest: str
+    agree: bool
+    bytes_sent: int
+    bytes_received: int
+    contribution_bytes: int
+    shards: int
+    seconds: Mapping[str, float]
+
+
+@dataclass
+class _Mine:
+    """This peer's own part of the round in progress."""
+
+    result: LocalResult
+    commit: Commit | None = None
+    contribution: Contribution | None = None
+    published: bool = False
+
+
+@dataclass
+class _View:
+    """What a peer saw of its group in one round."""
+
+    commits: dict[PeerId, Commit] = field(default_factory=dict)
+    contributions: dict[PeerId, Contribution] = field(default_factory=dict)
+    fragments: dict[PeerId, Flat] = field(default_factory=dict)
+    missing: dict[PeerId, str] = field(default_factory=dict)
+
+
+class GossipReplica:
+    """One module's replica on this peer.
+
+    `now` gives UTC seconds; `sleep_until` waits for such a time. Blocking work runs in one thread of its own, so that
+    the event loop stays free. `batches(peer, round)` yields the samples that the run assigns.
+    """
+
+    def __init__(
+        self,
+        *,
+        peer: PeerId,
+        module: str,
+        rules: RoundRules,
+        trainer: Trainer,
+        codec: Codec,
+        outer: OuterStep,
+        exchange: Exchange,
+        batches: Callable[[Round], Iterator[torch.Tensor]],
+        held_out: torch.Tensor,
+        now: Callable[[], float],
+        waits: WaitBoard,
+        emit: Emit,
+        session: bytes,
+        on_state: Callable[[ReplicaState, Flat | None], Awaitable[None]] | None = None,
+    ) -> None:
+        self.peer, self.module, self.rules = peer, module, rules
+        self.trainer, self.codec, self.outer = trainer, codec, outer
+        self.layout = trainer.layout
+        self.residual: Flat | None = self.layout.zeros() if codec.has_residual else None
+        self.shards, self.estimate, self.counted = 1, 1.0, 1.0
+        self.state: ReplicaState | None = None
+        self.last: RoundReport | None = None
+        self.rounds_alone = 0
+        self._exchange, self._batches, self._held_out = exchange, batches, held_out
+        self._now, self._waits, self._emit, self._session = now, waits, emit, session
+        self._on_state = on_state
+        self._stop, self._finish = asyncio.Event(), asyncio.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._born = now()
+
+    # ---- the life of a replica ------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Leave after the round in progress: its contribution still counts."""
+        self._finish.set()
+
+    def stop(self) -> None:
+        """Leave now: local steps end after the one in progress."""
+        self._finish.set()
+        self._stop.set()
+
+    async def run(self, start: ReplicaState) -> ReplicaState:
+        """Join with `start` (a checkpoint or theta_0), then one round after another until asked to leave.
+
+        Returns the last state. The replica prefers the group's state over `start` whenever there is a group.
+        """
+        try:
+            await self._become(start)
+            await self._join()
+            while not self._finish.is_set():
+                await self._round()
+            await self._linger()
+            return self._state
+        finally:
+            self._stop.set()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _linger(self) -> None:
+        """Stay until the last round's pull deadline: a contribution that nobody could fetch would not count."""
+        if self.last is not None and self.last.contributed and not self._stop.is_set():
+            pull_by = self.rules.clock.window(self.last.round).pull_by
+            await self._sleep_until(pull_by, "others to pull the last contribution", "the peer leaves")
+
+    async def _round(self) -> None:
+        clock, state = self.rules.clock, self._state
+        current = clock.round_at(self._now())
+        if current < state.round - 1:
+            # Applied early and then a whole round ahead: only a clock that went backwards does this.
+            await self._sleep_until(
+                clock.window(Round(state.round - 1)).end, f"round {state.round} to begin", "training begins"
+            )
+        elif current > state.round:
+            await self._catch_up(Round(current))
+        window = clock.window(self._state.round)
+        started, sent_before = self._now(), self._exchange.traffic()
+        loss = await self._in_thread(self._load_and_evaluate, self._state.theta)
+        evaluated = self._now()
+        self._emit("swarm.round.started", round=self._state.round, loss=loss, digest=self._state.digest)
+        mine = await self._train(window)
+        if self._stop.is_set():
+            return
+        trained = self._now()
+        await self._commit(mine, window)
+        committed = self._now()
+        await self._sleep_until(
+            window.read_from, f"the commit deadline of round {window.round}", "the group's commits are read"
+        )
+        revealed = self._now()
+        view = await self._pull(window, mine)
+        pulled = self._now()
+        agreed = await self._apply(window.round, view)
+        # A peer that finished its steps early idles; only what lies behind `train_until` is the round's overhead.
+        idle = max(0.0, min(window.train_until, revealed) - committed)
+        seconds = {
+            "evaluate": evaluated - started,
+            "train": trained - evaluated,
+            "commit": committed - trained,
+            "idle": idle,
+            "wait": revealed - committed - idle,
+            "pull": pulled - revealed,
+            "apply": self._now() - pulled,
+        }
+        self._report(window, view, mine, agreed, loss, sent_before, seconds)
+
+    # ---- 1 and 2: train and commit --------------------------------------------------------------------------
+
+    def _load_and_evaluate(self, theta: Flat) -> float:
+        self.trainer.load(theta)
+        return self.trainer.evaluate(self._held_out)
+
+    async def _train(self, window: Window) -> _Mine:
+        def may_start(step_seconds: float) -> bool:
+            return not self._stop.is_set() and self._now() + step_seconds <= window.train_until
+
+        with self._waits.waiting(
+            f"local steps of round {window.round}", window.train_until, "the contribution is encoded and committed"
+        ):
+            result = await self._in_thread(
+                self.trainer.train,
+                self._batches(window.round),
+                self.rules.steps,
+                window.round * self.rules.steps,
+                may_start,
+            )
+        return _Mine(result)
+
+    async def _commit(self, mine: _Mine, window: Window) -> None:
+        """Encode, serve (hidden until the deadline) and publish. Too late or nothing trained: say so, skip."""
+        if mine.result.steps == 0 or self._now() >= window.commit_by:
+            self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="too_late")
+            return
+        blob, contribution = await self._in_thread(self._encode)
+        mine.contribution = contribution
+        ref = self._exchange.offer(blob, window.commit_by)
+        fragment = None
+        if self.shards > 1:
+            theta, fragments = self._state.theta, self.rules.fragments
+            part = await self._in_thread(encode_fragment, theta, self.layout, window.round, fragments)
+            fragment = self._exchange.offer(part, window.commit_by)
+        mine.commit = Commit(
+            module=self.module,
+            round=window.round,
+            shard=shard_of(self.peer, window.round, self.shards),
+            blob=ref.id,
+            size=ref.size,
+            tokens=mine.result.tokens,
+            steps=mine.result.steps,
+            loss_before=mine.result.loss_before,
+            loss_after=mine.result.loss_after,
+            digest=self._state.digest,
+            history=self._state.history,
+            replicas_estimate=self.counted,
+            fragment=fragment.id if fragment else None,
+            fragment_size=fragment.size if fragment else 0,
+            session=self._session,
+            committed_at=self._now(),
+        )
+        left = window.commit_by - self._now()
+        if left > 0:
+            with self._waits.waiting(
+                f"the commit of round {window.round} to be stored", window.commit_by, "the round is sat out"
+            ):
+                mine.published = await self._exchange.publish(mine.commit, self._expiry(window), left)
+        if not mine.published:
+            self._keep_unsent(contribution)
+            self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="not_stored")
+
+    def _encode(self) -> tuple[bytes, Contribution]:
+        blob = self.codec.encode(self.trainer.delta(self._state.theta), self.layout, self.residual)
+        return blob, self.codec.decode(blob, self.layout)
+
+    def _keep_unsent(self, contribution: Contribution) -> None:
+        """What was encoded but never counted goes back into the error feedback."""
+        if self.residual is None:
+            return
+        if isinstance(contribution, Sparse):
+            self.residual[contribution.indices] += contribution.values
+        else:
+            self.residual += contribution.values
+
+    def _expiry(self, window: Window) -> float:
+        return window.end + self.rules.retain * self.rules.clock.seconds
+
+    # ---- 3 and 4: group and pull ----------------------------------------------------------------------------
+
+    async def _pull(self, window: Window, mine: _Mine) -> _View:
+        """Read the group's commits and fetch their blobs until the pull deadline; read once more for latecomers."""
+        view = _View()
+        if mine.published and mine.commit and mine.contribution is not None:
+            view.commits[self.peer] = mine.commit
+            view.contributions[self.peer] = mine.contribution
+        with self._waits.waiting(
+            f"the group's contributions of round {window.round}", window.pull_by, "what is missing is left out"
+        ):
+            for _ in range(2):
+                if not await self._pull_once(window.round, window.pull_by, view):
+                    break
+        return view
+
+    async def _pull_once(self, round_: Round, pull_by: float, view: _View) -> bool:
+        """One reading of the shard; True if it showed commits that were not known yet."""
+        shard = shard_of(self.peer, round_, self.shards)
+        left = pull_by - self._now()
+        if left <= 0:
+            return False
+        signed = await self._exchange.commits(self.module, round_, shard, left)
+        self._check_identity(signed)
+        new = {s.peer: s.record for s in signed if s.peer not in view.commits and self._admissible(s, round_)}
+        view.commits.update(new)
+        members = tuple(peer for peer in view.commits if peer != self.peer)
+        await asyncio.gather(*(self._pull_one(p, c, members, pull_by, view) for p, c in new.items()))
+        return bool(new)
+
+    def _check_identity(self, signed: list[Signed[Commit]]) -> None:
+        for s in signed:
+            # Older commits of ours are from before a restart; a newer one of another session is another process.
+            if s.peer == self.peer and s.record.session != self._session and s.record.committed_at > self._born:
+                raise IdentityError(
+                    "another process trains with this identity (two homes with one identity.key?): "
+                    "stop it, or give this one a new --home"
+                )
+
+    def _admissible(self, signed: Signed[Commit], round_: Round) -> bool:
+        """Commits stamped after the deadline count for nobody, and a commit of ours must be one that we published."""
+        commit = signed.record
+        late = commit.committed_at > self.rules.clock.window(round_).commit_by
+        return not late and commit.tokens > 0 and (signed.peer != self.peer or commit.session == self._session)
+
+    async def _pull_one(
+        self, peer: PeerId, commit: Commit, members: tuple[PeerId, ...], pull_by: float, view: _View
+    ) -> None:
+        holders = (peer, *(m for m in members if m != peer))
+        try:
+            blob = await self._exchange.fetch(
+                BlobRef(BlobId(commit.blob), commit.size),
+                holders,
+                self.codec.max_bytes(self.layout),
+                max(0.05, pull_by - self._now()),
+            )
+            view.contributions[peer] = await self._in_thread(self.codec.decode, blob, self.layout)
+            view.missing.pop(peer, None)
+            await self._pull_fragment(peer, commit, holders, pull_by, view)
+        except (NetworkError, ProtocolError) as error:
+            view.missing[peer] = f"{type(error).__name__}: {error}"
+
+    async def _pull_fragment(
+        self, peer: PeerId, commit: Commit, holders: tuple[PeerId, ...], pull_by: float, view: _View
+    ) -> None:
+        if commit.fragment is None or self.shards == 1 or peer == self.peer:
+            return
+        size = fragment_bytes(self.layout, commit.round, self.rules.fragments)
+        try:
+            blob = await self._exchange.fetch(
+                BlobRef(BlobId(commit.fragment), commit.fragment_size), holders, size, max(0.05, pull_by - self._now())
+            )
+            view.fragments[peer] = decode_fragment(blob, self.layout, commit.round, self.rules.fragments)
+        except (BlobUnavailable, CodecError):
+            pass  # a drift fragment is an extra: without it drift contracts a round later
+
+    # ---- 5 to 7: aggregate, outer step, agree ---------------------------------------------------------------
+
+    async def _apply(self, round_: Round, view: _View) -> Agreement | None:
+        """Turn what was pulled into theta of the next round; load the group's state first if ours is the odd one."""
+        agreed = agreement(Claim(p, c.digest, c.history) for p, c in view.commits.items())
+        own = self._state
+        if agreed and self.shards == 1 and agreed.digest != own.digest:
+            adopted = await self._fetch_state(agreed, self.rules.clock.window(Round(round_ + 1)).train_until)
+            if adopted:
+                self._drop_residual("the group's state was loaded")
+                own = adopted
+        present = [p for p in view.contributions if p in view.commits]
+        weights = token_weights({p: view.commits[p].tokens for p in present})
+        self._update_estimate(view)
+
+        def step() -> ReplicaState:
+            base = self._blend_fragments(own, view, round_)
+            update = aggregate({p: view.contributions[p] for p in present}, weights, self.layout, clip=self.rules.clip)
+            theta, velocity = self.outer.apply(base, own.velocity, update, round_)
+            return ReplicaState(
+                self.module, self.layout, Round(round_ + 1), theta, velocity, own.history + len(present)
+            )
+
+        if present:
+            await self._become(await self._in_thread(step))
+        else:
+            await self._become(own.at_round(Round(round_ + 1)))
+        return agreed
+
+    def _blend_fragments(self, state: ReplicaState, view: _View, round_: Round) -> Flat:
+        if not view.fragments:
+            return state.theta
+        count = self.rules.fragments
+        own = decode_fragment(encode_fragment(state.theta, self.layout, round_, count), self.layout, round_, count)
+        others = [view.fragments[p] for p in sorted(view.fragments)]
+        theta, drift = blend(state.theta, own, others, self.layout, round_, count)
+        self._emit("swarm.drift.measured", round=round_, rms=drift, members=len(others))
+        return theta
+
+    def _update_estimate(self, view: _View) -> None:
+        others = [c.replicas_estimate for p, c in view.commits.items() if p != self.peer]
+        seen = max(1, len(view.commits))
+        # What is published is this peer's own count: a published median would outvote growth for ever.
+        self.counted = count_replicas(seen, self.shards)
+        self.estimate = estimate_replicas(self.estimate, seen, self.shards, others)
+        self.shards = next_shards(self.estimate, self.rules.group_size, self.shards)
+
+    async def _become(self, state: ReplicaState) -> None:
+        """Make a state ours: know its digest, serve it, hand it to the checkpoints."""
+        await self._in_thread(lambda: state.chunks)
+        self._exchange.offer_state(state)
+        self.state = state
+        if self._on_state:
+            await self._on_state(state, self.residual)
+
+    def _drop_residual(self, reason: str) -> None:
+        if self.residual is not None and self.residual.any():
+            self.residual[:] = 0
+            self._emit("swarm.residual.dropped", reason=reason)
+
+    # ---- joining and catching up ----------------------------------------------------------------------------
+
+    async def _join(self) -> None:
+        """Load the group's state if there is a group, then apply the rounds since."""
+        current = self.rules.clock.round_at(self._now())
+        if current < 0:
+            begins = self.rules.clock.genesis
+            await self._sleep_until(begins, "round 0 to begin", "training begins")
+            return
+        started = self._now()
+        group = await self._latest_group(current)
+        if group is None:
+            self._emit("swarm.join.alone", round=current, from_round=self._state.round)
+            return
+        agreed = group[1]
+        if agreed.digest != self._state.digest:
+            deadline = self._now() + max(120.0, self.rules.retain * self.rules.clock.seconds)
+            state = await self._fetch_state(agreed, deadline)
+            if state is None:
+                self._emit("swarm.join.alone", round=current, from_round=self._state.round)
+                return
+            self._drop_residual("joined from the group's state")
+            await self._become(state)
+        await self._catch_up(self.rules.clock.round_at(self._now()))
+        self._emit("swarm.join.done", round=self._state.round, seconds=self._now() - started)
+
+    async def _latest_group(self, current: Round) -> tuple[Round, Agreement] | None:
+        """The latest round with commits of others, and what they agree on."""
+        timeout = min(5.0, self.rules.clock.seconds)
+        for round_ in range(current, max(-1, current - LOOK_BACK_ROUNDS) - 1, -1):
+            with self._waits.waiting(
+                f"commits of round {round_}", self._now() + timeout, "an earlier round is looked at"
+            ):
+                signed = await self._exchange.commits(self.module, Round(round_), 0, timeout)
+            others = {s.peer: s.record for s in signed if s.peer != self.peer}
+            agreed = agreement(Claim(p, c.digest, c.history) for p, c in others.items())
+            if agreed:
+                self.estimate = float(np.median([c.replicas_estimate for c in others.values()]))
+                self.shards = next_shards(self.estimate, self.rules.group_size, self.shards)
+                return Round(round_), agreed
+        return None
+
+    async def _catch_up(self, current: Round) -> None:
+        """Apply the rounds that were missed (frozen, slow, or joining) from commits and blobs still held by others."""
+        missed = current - self._state.round
+        if missed > self.rules.retain:
+            self._emit("swarm.round.missed", rounds=missed, reason="more rounds than contributions are kept for")
+            await self._rejoin(current)
+            return
+        for round_ in range(self._state.round, current):
+            view = _View()
+            await self._pull_once(Round(round_), self._now() + min(5.0, self.rules.clock.seconds), view)
+            await self._apply(Round(round_), view)
+            self._emit("swarm.round.replayed", round=round_, contributions=len(view.contributions))
+
+    async def _rejoin(self, current: Round) -> None:
+        group = await self._latest_group(current)
+        state = await self._fetch_state(group[1], self._now() + 120.0) if group else None
+        if state is not None and state.round <= current:
+            self._drop_residual("rejoined from the group's state")
+            await self._become(state)
+            missed = range(state.round, current)
+            if len(missed) <= self.rules.retain:
+                await self._catch_up(current)
+                return
+        await self._become(self._state.at_round(current))
+
+    async def _fetch_state(self, agreed: Agreement, deadline: float) -> ReplicaState | None:
+        """The agreed state from several of its holders, checked against its digest. None if nobody could give it."""
+        has_velocity = self._state.velocity is not None
+        size = state_bytes(self.layout, has_velocity)
+        holders = [peer for peer in agreed.holders if peer != self.peer]
+        started = self._now()
+        self._emit("swarm.state.fetching", digest=agreed.digest, holders=len(holders), bytes=size)
+        with self._waits.waiting(
+            f"the group's state ({size / 2**20:.1f} MiB) from {len(holders)} peers",
+            deadline,
+            "training goes on from our own state",
+        ):
+            try:
+                blob, by_holder = await self._exchange.fetch_state(
+                    BlobRef(BlobId(agreed.digest), size), holders, size, max(0.1, deadline - self._now())
+                )
+                state = await self._in_thread(parse_state, blob, self.module, self.layout, has_velocity)
+            except (NetworkError, ProtocolError, StateError) as error:
+                self._emit("swarm.state.failed", error=str(error))
+                return None
+        self._emit(
+            "swarm.state.loaded",
+            round=state.round,
+            digest=agreed.digest,
+            bytes=size,
+            donors=sum(1 for n in by_holder.values() if n),
+            seconds=self._now() - started,
+        )
+        return state
+
+    # ---- plumbing -------------------------------------------------------------------------------------------
+
+    @property
+    def _state(self) -> ReplicaState:
+        if self.state is None:
+            raise StateError("this replica has no state yet")
+        return self.state
+
+    async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+    async def _sleep_until(self, when: float, what: str, then: str) -> None:
+        with self._waits.waiting(what, when, then):
+            while not self._stop.is_set() and (left := when - self._now()) > 0:
+                try:
+                    # In slices: the wall clock may be set while we sleep.
+                    await asyncio.wait_for(self._stop.wait(), min(left, 1.0))
+                except TimeoutError:
+                    pass
+
+    def _report(
+        self,
+        window: Window,
+        view: _View,
+        mine: _Mine,
+        agreed: Agreement | None,
+        loss: float,
+        sent_before: tuple[int, int],
+        seconds: Mapping[str, float],
+    ) -> None:
+        group = tuple(sorted(view.contributions))
+        alone = not any(peer != self.peer for peer in view.commits)
+        self.rounds_alone = self.rounds_alone + 1 if alone else 0
+        sent, received = self._exchange.traffic()
+        self.last = RoundReport(
+            round=window.round,
+            group=group,
+            missing=dict(view.missing),
+            alone=alone,
+            contributed=self.peer in view.contributions,
+            steps=mine.result.steps,
+            tokens=mine.result.tokens,
+            loss=loss,
+            digest=self._state.digest,
+            agree=agreed is None or agreed.unanimous,
+            bytes_sent=sent - sent_before[0],
+            bytes_received=received - sent_before[1],
+            contribution_bytes=mine.commit.size if mine.commit else 0,
+            shards=self.shards,
+            seconds=dict(seconds),
+        )
+        if view.missing:
+            others = [p for p in view.commits if p != self.peer]
+            self._emit(
+                "swarm.round.incomplete",
+                round=window.round,
+                missing=dict(view.missing),
+                fault="network" if network_at_fault(others, view.missing) else "peers",
+            )
+        if alone:
+            self._emit("swarm.round.alone", round=window.round, rounds_alone=self.rounds_alone)
+        fields = {name: getattr(self.last, name) for name in self.last.__dataclass_fields__}
+        self._emit("swarm.round.applied", **fields)

@@ -35,9 +35,8 @@ def demo(
 
     Example:  potluck demo --fast
     """
-    from potluck.peer.demo import FAST, FULL, Demo, quiet_environment
+    from potluck.peer.demo import FAST, FULL, Demo
 
-    quiet_environment()
     out = (out or Path("demo-output")).absolute()
     live = not as_json and sys.stdout.isatty()
     lines: list[str] = []
@@ -123,7 +122,7 @@ def _export(homes: Path, out: Path) -> str:
     from potluck.peer.export import export_run, generate_text, load_model
     from potluck.peer.home import Home
 
-    folder = Home(homes / "w1").find_run()
+    folder = Home(homes / "worker-1").find_run()
     export_run(folder, out / "model")
     module, manifest, _ = load_model(folder)
     return generate_text(module, manifest, "def ", 160, 0.7, seed=0)

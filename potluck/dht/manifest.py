@@ -2,7 +2,7 @@
 
 A manifest comes from strangers: it can name model families, data sources and codecs from our registries, and
 cannot carry code. Every field has bounds; unknown fields and versions are refused. Whoever holds a run id can
-check any copy of its manifest, so it may be fetched from anybody (`docs/protocol-dht.md`).
+check any copy of its manifest, so it may be fetched from anybody (`docs/protocol.md`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Typed DHT records: signed by the peer they speak for, expiring, at most 4 KiB.
 
-A record travels as an envelope (`docs/protocol-dht.md`): version, kind, signer's public key, payload, expiry
+A record travels as an envelope (`docs/protocol.md`): version, kind, signer's public key, payload, expiry
 and an Ed25519 signature over all of it, bound to one run and to the DHT key it lies under. Both the key's
 name and the subkey follow from the envelope's contents, so a node that only ever sees the key's hash can
 still check that a record lies where it belongs. Decoding is hostile-input code: bounds before parsing, then

@@ -630,13 +630,17 @@ class Rpc:
         if peer == self.peer_id:
             return await self._call_self(method, head, body, timeout_seconds, limit, into)
         deadline = asyncio.get_running_loop().time() + timeout_seconds
-        try:
-            async with asyncio.timeout_at(deadline):
-                open_lane = await self._lane(peer, lane)
-        except TimeoutError as error:
-            raise RpcTimeout(f"{method} to {short(peer)}: no stream before the deadline") from error
-        except RpcClosed as error:
-            raise RpcClosed(f"{method} to {short(peer)}: {error}") from error
+        opened = self._lanes.get((peer, lane))
+        if opened is not None and _is_open(opened):
+            open_lane = opened.result()  # nearly always: no timer is needed
+        else:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    open_lane = await self._lane(peer, lane)
+            except TimeoutError as error:
+                raise RpcTimeout(f"{method} to {short(peer)}: no stream before the deadline") from error
+            except RpcClosed as error:
+                raise RpcClosed(f"{method} to {short(peer)}: {error}") from error
         return await open_lane.call(method, head, body, deadline, limit, into)
 
     # --- lanes

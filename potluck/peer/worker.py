@@ -14,7 +14,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from potluck.dht.manifest import sign as sign_manifest
 from potluck.dht.records import Replica
 from potluck.dht.shards import shard_of
 from potluck.dht.template import load_toml
-from potluck.errors import HardwareError, ManifestError, NetworkError, PotluckError, StateError
+from potluck.errors import HardwareError, IdentityError, ManifestError, NetworkError, PotluckError, StateError
 from potluck.net.blobs import BlobId, BlobRef, fetch
 from potluck.net.identity import Identity
 from potluck.peer.clock import SAID_SECONDS, RunClock
@@ -160,6 +160,9 @@ class Run:
         self._directory: Directory | None = None
         self._checkpoints: CheckpointStore | None = None
         self._wrote: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._fatal: asyncio.Future[PotluckError] = asyncio.get_running_loop().create_future()
+        self._first_round = 0
         self._visible: list[str] = []
 
     # ---- joining --------------------------------------------------------------------------------------------
@@ -272,10 +275,12 @@ class Run:
         """Rounds until asked to leave. Raises what ends a peer: ClockError, IdentityError, DaemonError."""
         assert self.replica and self._parts
         start = await self._starting_state(self._parts)
+        self._first_round = _rules(self.manifest).clock.round_at(self.clock.now())
         care = [
             asyncio.create_task(self.node.keep_connected()),
             asyncio.create_task(self._watch_clock()),
             asyncio.create_task(self.node.until_daemon_fails()),
+            asyncio.create_task(self._until_fatal()),
         ]
         training = asyncio.create_task(self.replica.run(start))
         try:
@@ -287,7 +292,9 @@ class Run:
             self.replica.stop()
             for task in care:
                 task.cancel()
-            await asyncio.gather(training, *care, return_exceptions=True)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(training, *care, *self._tasks, return_exceptions=True)
             if self._wrote:
                 await self._wrote
             self.phase = "left"
@@ -380,7 +387,39 @@ class Run:
             name=self.settings.name[:64],
         )
         expires = self.clock.now() + 3 * self.manifest.rounds.seconds
-        self._announcing = asyncio.create_task(self._directory.publish(record, expires, 5.0))
+        self._background(self._publish_announcement(record, expires))
+
+    async def _publish_announcement(self, record: Replica, expires_at: float) -> None:
+        assert self._directory
+        try:
+            view = await self._directory.replicas(MODULE, record.shard, timeout_seconds=5.0)
+            self._check_identity([signed.record for signed in view.records if signed.peer == self.identity.peer_id])
+            await self._directory.publish(record, expires_at, 5.0)
+        except PotluckError as error:
+            self.events.emit("peer.announce.failed", error=str(error))
+
+    def _check_identity(self, own: Sequence[Replica]) -> None:
+        """Of two processes with one identity the newer one ends. Our former self applied at most one round early."""
+        for record in own:
+            elsewhere = record.session != self._session and record.started < self._started
+            if elsewhere and record.round >= self._first_round + 2:
+                if self._fatal.done():
+                    return
+                self._fatal.set_result(
+                    IdentityError(
+                        f"another process trains with this identity (at {', '.join(record.addresses[:1])}): "
+                        "stop it, or give this one another --home with an identity of its own"
+                    )
+                )
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        """A task that is owned: it ends with the run."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _until_fatal(self) -> None:
+        raise await self._fatal
 
     async def _watch_clock(self) -> None:
         while True:

@@ -157,6 +157,7 @@ class GossipReplica:
         self._on_state = on_state
         self._stop, self._finish = asyncio.Event(), asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._out_of_sync = False
         self._born = now()
 
     # ---- the life of a replica ------------------------------------------------------------------------------
@@ -200,8 +201,9 @@ class GossipReplica:
             await self._sleep_until(
                 clock.window(Round(state.round - 1)).end, f"round {state.round} to begin", "training begins"
             )
-        elif current > state.round:
+        while current > self._state.round or self._out_of_sync:
             await self._catch_up(Round(current))
+            current = clock.round_at(self._now())
         window = clock.window(self._state.round)
         started, sent_before = self._now(), self._exchange.traffic()
         loss = await self._in_thread(self._load_and_evaluate, self._state.theta)
@@ -219,7 +221,7 @@ class GossipReplica:
         revealed = self._now()
         view = await self._pull(window, mine)
         pulled = self._now()
-        agreed = await self._apply(window.round, view)
+        agreed = await self._apply(window.round, view, clock.window(Round(window.round + 1)).train_until)
         # A peer that finished its steps early idles; only what lies behind `train_until` is the round's overhead.
         idle = max(0.0, min(window.train_until, revealed) - committed)
         seconds = {
@@ -390,12 +392,16 @@ class GossipReplica:
 
     # ---- 5 to 7: aggregate, outer step, agree ---------------------------------------------------------------
 
-    async def _apply(self, round_: Round, view: _View) -> Agreement | None:
-        """Turn what was pulled into theta of the next round; load the group's state first if ours is the odd one."""
+    async def _apply(self, round_: Round, view: _View, deadline: float) -> Agreement | None:
+        """Turn what was pulled into theta of the next round.
+
+        If ours is the odd state in its group, the group's is loaded first (until `deadline`) and updated instead.
+        """
         agreed = agreement(Claim(p, c.digest, c.history) for p, c in view.commits.items())
         own = self._state
         if agreed and self.shards == 1 and agreed.digest != own.digest:
-            adopted = await self._fetch_state(agreed, self.rules.clock.window(Round(round_ + 1)).train_until)
+            adopted = await self._fetch_state(agreed, round_, deadline)
+            self._out_of_sync = adopted is None
             if adopted:
                 self._drop_residual("the group's state was loaded")
                 own = adopted
@@ -454,25 +460,57 @@ class GossipReplica:
         """Load the group's state if there is a group, then apply the rounds since."""
         current = self.rules.clock.round_at(self._now())
         if current < 0:
-            begins = self.rules.clock.genesis
-            await self._sleep_until(begins, "round 0 to begin", "training begins")
+            await self._sleep_until(self.rules.clock.genesis, "round 0 to begin", "training begins")
             return
         started = self._now()
-        group = await self._latest_group(current)
-        if group is None:
+        if await self._load_group("joined from the group's state"):
+            self._emit("swarm.join.done", round=self._state.round, seconds=self._now() - started)
+        else:
             self._emit("swarm.join.alone", round=current, from_round=self._state.round)
-            return
-        agreed = group[1]
+
+    async def _load_group(self, reason: str) -> bool:
+        """Take over the state that the latest round's commits agree on, then apply the rounds since then.
+
+        False if nobody has committed lately, or nobody could give the state.
+        """
+        group = await self._latest_group(self.rules.clock.round_at(self._now()))
+        if group is None:
+            return False
+        round_, agreed = group
         if agreed.digest != self._state.digest:
-            deadline = self._now() + max(120.0, self.rules.retain * self.rules.clock.seconds)
-            state = await self._fetch_state(agreed, deadline)
+            state = await self._fetch_state(agreed, round_, self._now() + self._patience)
             if state is None:
-                self._emit("swarm.join.alone", round=current, from_round=self._state.round)
-                return
-            self._drop_residual("joined from the group's state")
+                return False
+            self._drop_residual(reason)
             await self._become(state)
-        await self._catch_up(self.rules.clock.round_at(self._now()))
-        self._emit("swarm.join.done", round=self._state.round, seconds=self._now() - started)
+        self._out_of_sync = False
+        await self._replay(self.rules.clock.round_at(self._now()))
+        return True
+
+    async def _catch_up(self, current: Round) -> None:
+        """Come to round `current`: replay what was missed, or load the group's state where that cannot work."""
+        missed = current - self._state.round
+        if missed > self.rules.retain or self._out_of_sync:
+            self._emit("swarm.round.missed", rounds=missed, out_of_sync=self._out_of_sync)
+            if not await self._load_group("the group went on without this peer"):
+                await self._become(self._state.at_round(current))
+        else:
+            await self._replay(current)
+
+    async def _replay(self, current: Round) -> None:
+        """Apply missed rounds (frozen, slow, or joining) from commits and blobs that others still hold."""
+        for round_ in range(self._state.round, current):
+            view = _View()
+            until = self._now() + max(5.0, self.rules.clock.seconds)
+            with self._waits.waiting(f"contributions of round {round_}, missed", until, "it is applied without them"):
+                await self._pull_once(Round(round_), until, view)
+            await self._apply(Round(round_), view, self._now() + self._patience)
+            self._emit("swarm.round.replayed", round=round_, contributions=len(view.contributions))
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that a state may take to load when no round waits for it."""
+        return max(120.0, self.rules.retain * self.rules.clock.seconds)
 
     async def _latest_group(self, current: Round) -> tuple[Round, Agreement] | None:
         """The latest round with commits of others, and what they agree on."""
@@ -490,33 +528,11 @@ class GossipReplica:
                 return Round(round_), agreed
         return None
 
-    async def _catch_up(self, current: Round) -> None:
-        """Apply the rounds that were missed (frozen, slow, or joining) from commits and blobs still held by others."""
-        missed = current - self._state.round
-        if missed > self.rules.retain:
-            self._emit("swarm.round.missed", rounds=missed, reason="more rounds than contributions are kept for")
-            await self._rejoin(current)
-            return
-        for round_ in range(self._state.round, current):
-            view = _View()
-            await self._pull_once(Round(round_), self._now() + min(5.0, self.rules.clock.seconds), view)
-            await self._apply(Round(round_), view)
-            self._emit("swarm.round.replayed", round=round_, contributions=len(view.contributions))
+    async def _fetch_state(self, agreed: Agreement, round_: Round, deadline: float) -> ReplicaState | None:
+        """The state that `round_` began with, from several of its holders, checked against its digest.
 
-    async def _rejoin(self, current: Round) -> None:
-        group = await self._latest_group(current)
-        state = await self._fetch_state(group[1], self._now() + 120.0) if group else None
-        if state is not None and state.round <= current:
-            self._drop_residual("rejoined from the group's state")
-            await self._become(state)
-            missed = range(state.round, current)
-            if len(missed) <= self.rules.retain:
-                await self._catch_up(current)
-                return
-        await self._become(self._state.at_round(current))
-
-    async def _fetch_state(self, agreed: Agreement, deadline: float) -> ReplicaState | None:
-        """The agreed state from several of its holders, checked against its digest. None if nobody could give it."""
+        None if nobody could give it, or if it says another round or history than the commits that named it.
+        """
         has_velocity = self._state.velocity is not None
         size = state_bytes(self.layout, has_velocity)
         holders = [peer for peer in agreed.holders if peer != self.peer]
@@ -532,6 +548,8 @@ class GossipReplica:
                     BlobRef(BlobId(agreed.digest), size), holders, size, max(0.1, deadline - self._now())
                 )
                 state = await self._in_thread(parse_state, blob, self.module, self.layout, has_velocity)
+                if (state.round, state.history) != (round_, agreed.history):
+                    raise StateError(f"the state is of round {state.round}, not {round_}")
             except (NetworkError, ProtocolError, StateError) as error:
                 self._emit("swarm.state.failed", error=str(error))
                 return None

@@ -54,7 +54,7 @@ class ReplicaState:
 
     @cached_property
     def chunks(self) -> ChunkList:
-        """Hashes all of the state the first time (about 0.5 ms per MB): call it off the event loop."""
+        """Hashes all of the state the first time (about 0.2 ms per MB): call it off the event loop."""
         return ChunkList.of(self.buffers)
 
     @property

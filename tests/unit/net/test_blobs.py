@@ -249,7 +249,7 @@ def test_frozen_holder_does_not_hold_up_the_end(short_dir: Path) -> None:
         async with network(short_dir) as net:
             data = blob(12 * CHUNK_BYTES)
             a, _ = await holder(net, "a", data)
-            frozen, store = await holder(net, "frozen", data)
+            frozen, _ = await holder(net, "frozen", data)
             b = await net.rpc("b")
 
             async def never(peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
@@ -268,7 +268,7 @@ def test_frozen_holder_does_not_hold_up_the_end(short_dir: Path) -> None:
 
 async def _drained(rpc: Rpc) -> bool:
     async with asyncio.timeout(10):
-        while rpc._loads:
+        while rpc._loads:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return True
 
@@ -281,7 +281,7 @@ def test_late_holder_is_asked_again(short_dir: Path) -> None:
             data = blob(2 * CHUNK_BYTES)
             report = FetchReport()
             call = asyncio.create_task(get(b, ChunkList.of([data]).ref, [a], report=report))
-            while not report.retries:
+            while not report.retries:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             store.put(data)
             assert await call == data and report.retries >= 1

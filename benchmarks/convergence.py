@@ -15,21 +15,16 @@ Goals: h1_none_ratio <= 1.01, h10_none_ratio and h10_int8_ratio <= 1.05, h10_spa
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from potluck.net.host import PeerId
 from potluck.swarm.aggregate import Contribution, aggregate, token_weights

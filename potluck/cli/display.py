@@ -55,6 +55,9 @@ def event_line(event: Event) -> str | None:
         case "swarm.state.fetching":
             size = megabytes(event["bytes"])
             return f"downloading the group's state: {size} from {event['holders']} peers"
+        case "swarm.state.progress":
+            part = event["bytes"] / event["of"]
+            return f"  {'█' * round(20 * part):<20} {100 * part:3.0f} % of {megabytes(event['of'])}"
         case "swarm.state.loaded":
             took = f"from {event['donors']} peers in {event['seconds']:.1f} s"
             return f"loaded the state of round {event['round']} {took}"
@@ -142,6 +145,8 @@ class LivePeer:
         if event["event"] == "swarm.round.applied":
             self._losses.append(event["loss"])
         if line := event_line(event):
+            if event["event"] == "swarm.state.progress" and self._lines and "█" in self._lines[-1]:
+                self._lines.pop()  # a bar moves; it does not scroll
             self._lines.append(line)
             self._draw()
 

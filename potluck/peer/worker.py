@@ -30,7 +30,7 @@ from potluck.dht.manifest import sign as sign_manifest
 from potluck.dht.records import Replica
 from potluck.dht.shards import shard_of
 from potluck.dht.template import load_toml
-from potluck.errors import HardwareError, IdentityError, ManifestError, NetworkError, PotluckError, StateError
+from potluck.errors import IdentityError, ManifestError, NetworkError, PotluckError, StateError, UserError
 from potluck.net.blobs import BlobId, BlobRef, fetch
 from potluck.net.identity import Identity
 from potluck.peer.clock import SAID_SECONDS, RunClock
@@ -89,9 +89,9 @@ class Peer:
         self._stack = AsyncExitStack()
 
     @classmethod
-    def open(cls, home: Path | Home, settings: PeerSettings | None = None) -> Peer:
+    def open(cls, home: Path | str | Home, settings: PeerSettings | None = None) -> Peer:
         """Raises UserError or IdentityError if the home cannot be used."""
-        where = home if isinstance(home, Home) else Home(home)
+        where = home if isinstance(home, Home) else Home(Path(home))
         return cls(where.open(), settings or PeerSettings())
 
     async def __aenter__(self) -> Self:
@@ -156,6 +156,7 @@ class Run:
         self._stack = AsyncExitStack()
         self._reports: asyncio.Queue[RoundReport | None] = asyncio.Queue()
         self._rounds_left: int | None = None
+        self._progress = 0
         self._parts: _Parts | None = None
         self._directory: Directory | None = None
         self._checkpoints: CheckpointStore | None = None
@@ -259,6 +260,7 @@ class Run:
                 self.node.store,
                 retain_seconds=(manifest.rounds.retain + 2) * manifest.rounds.seconds,
                 keep_states=manifest.rounds.retain,
+                on_progress=self._on_progress,
             ),
             batches=self._batches,
             held_out=parts.corpus.held_out_batch(EVALUATED_WINDOWS),
@@ -481,10 +483,16 @@ class Run:
 
     async def _leave(self) -> dict[str, Any]:
         if self.replica is None:
-            raise HardwareError("the peer has not joined yet; stop it with Ctrl-C")
+            raise UserError("the peer has not joined yet; stop it with Ctrl-C")
         self.replica.finish()
         round_ = self.replica.state.round if self.replica.state else None
         return {"leaving_after_round": round_}
+
+    def _on_progress(self, done: int, total: int) -> None:
+        """Of a state's download; told at each twentieth."""
+        if done * 20 // total > self._progress or done < total * self._progress // 20:
+            self._progress = done * 20 // total
+            self.events.emit("swarm.state.progress", bytes=done, of=total)
 
     def _on_event(self, name: str, **fields: Any) -> None:
         self.events.emit(name, **fields)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -59,13 +59,23 @@ class Exchange(Protocol):
 
 
 class NetworkExchange:
-    """`retain_seconds`: how long contributions are kept for those who catch up; `keep_states`: states served."""
+    """`retain_seconds`: how long contributions are kept for those who catch up; `keep_states`: states served.
+
+    `on_progress(bytes done, bytes in all)` follows a state's download.
+    """
 
     def __init__(
-        self, directory: Directory, rpc: Rpc, store: BlobStore, retain_seconds: float, keep_states: int
+        self,
+        directory: Directory,
+        rpc: Rpc,
+        store: BlobStore,
+        retain_seconds: float,
+        keep_states: int,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._directory, self._rpc, self._store = directory, rpc, store
         self._retain_seconds, self._keep_states = retain_seconds, keep_states
+        self._on_progress = on_progress
         self._states: deque[ReplicaState] = deque()
         self._kept: deque[tuple[float, BlobId]] = deque()
 
@@ -115,6 +125,7 @@ class NetworkExchange:
             timeout_seconds=timeout_seconds,
             max_bytes=max_bytes,
             into=into,
+            on_progress=self._on_progress,
             report=report,
         )
         return into, report.bytes_by_holder

@@ -17,6 +17,7 @@ from potluck.net.identity import Identity
 from potluck.peer.clock import RunClock
 from potluck.peer.home import Home
 from potluck.peer.node import NetworkSettings, Node
+
 from real import potluck, run_party, short_folder, write_manifest
 
 LOOPBACK = NetworkSettings(listen=("/ip4/127.0.0.1/tcp/0",), nat_port_map=False)

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from potluck.peer.party import Member, Party
+
 from real import processes_of, run_party, sockets_of, write_manifest
 
 pytestmark = pytest.mark.slow

@@ -48,7 +48,7 @@ def alive(pid: int) -> bool:
 
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 (conditions of other processes)
+        while not condition():
             await asyncio.sleep(0.02)
 
 

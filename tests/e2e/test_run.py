@@ -11,7 +11,8 @@ import pytest
 
 from potluck.peer.control import ask
 from potluck.peer.party import Member, Party
-from real import potluck, run_party, write_manifest
+
+from real import potluck, run_party, sockets_of, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +40,7 @@ def test_peers_train_to_identical_parameters_and_the_model_is_exported() -> None
         await party.leave_all([organizer, worker])
         assert organizer.process and worker.process
         assert organizer.process.returncode == worker.process.returncode == 0
+        assert sockets_of(party.root) == []
         common = set(rounds_of(organizer)) & set(rounds_of(worker))
         assert len(common) >= 3
         for number in common:
@@ -148,14 +150,10 @@ def test_two_processes_with_one_identity_are_not_both_let_in() -> None:
         (other_home / "identity.key").chmod(0o600)
         two = await party.start("two", "join", organizer.status["invite"], wait=False)
 
-        def somebody_stopped() -> bool:
-            return any(m.process is not None and m.process.returncode is not None for m in (one, two))
-
-        async def watch() -> None:
-            while not somebody_stopped():
-                await asyncio.sleep(0.2)
-
-        await asyncio.wait_for(watch(), 120)
+        assert one.process and two.process
+        ends = [asyncio.create_task(m.process.wait()) for m in (one, two)]
+        done, _ = await asyncio.wait(ends, timeout=120, return_when=asyncio.FIRST_COMPLETED)
+        assert done
         stopped = one if one.process and one.process.returncode is not None else two
         assert stopped.process and stopped.reader
         await stopped.reader

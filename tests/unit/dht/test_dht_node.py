@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from dht_world import AHEAD_SECONDS, OTHER_RUN, RUN, Clock, FakeHost, commit, identity, replica
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord
@@ -27,6 +26,8 @@ from potluck.dht.records import RejectedRecord, encode, key_id, key_name
 from potluck.dht.storage import MAX_KEY_BYTES, RecordStorage
 from potluck.dht.validator import RecordValidator, TokenBuckets
 from potluck.errors import ProtocolError
+
+from dht_world import AHEAD_SECONDS, OTHER_RUN, RUN, Clock, FakeHost, commit, identity, replica
 
 NOW = 1e9
 EXPIRES = NOW + 50

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from dht_world import RUN, identity
 from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck.dht.invite import Invite
 from potluck.errors import ManifestError
+
+from dht_world import RUN, identity
 
 PEER = identity(0).peer_id
 ADDRESS = f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}"

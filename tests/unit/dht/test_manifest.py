@@ -9,7 +9,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from dht_world import OTHER_RUN, identity
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +23,8 @@ from potluck.dht.manifest import (
 )
 from potluck.dht.template import PRESETS, load_toml, preset_draft, template_toml
 from potluck.errors import ManifestError
+
+from dht_world import OTHER_RUN, identity
 
 NOW = 1.7e9
 

@@ -4,7 +4,6 @@ import math
 
 import msgspec
 import pytest
-from dht_world import AHEAD_SECONDS, OTHER_RUN, RUN, commit, identity, replica
 from hivemind.dht.routing import DHTID
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +19,8 @@ from potluck.dht.records import (
     key_name,
 )
 from potluck.errors import RecordError
+
+from dht_world import AHEAD_SECONDS, OTHER_RUN, RUN, commit, identity, replica
 
 NOW = 1e9
 EXPIRES = NOW + 50

@@ -3,11 +3,12 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from dht_world import identity
 from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck.dht.shards import count_replicas, estimate_replicas, next_shards, shard_of
+
+from dht_world import identity
 
 estimates = st.floats(0, 1e6)
 groups = st.integers(2, 256)

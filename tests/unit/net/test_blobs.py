@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_net import Net, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +27,8 @@ from potluck.net.blobs import (
 )
 from potluck.net.host import PeerId
 from potluck.net.rpc import Reply, Rpc
+
+from fake_net import Net, network
 
 SIZES = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 7]
 
@@ -268,7 +269,7 @@ def test_frozen_holder_does_not_hold_up_the_end(short_dir: Path) -> None:
 
 async def _drained(rpc: Rpc) -> bool:
     async with asyncio.timeout(10):
-        while rpc._loads:  # noqa: ASYNC110
+        while rpc._loads:
             await asyncio.sleep(0.01)
     return True
 
@@ -281,7 +282,7 @@ def test_late_holder_is_asked_again(short_dir: Path) -> None:
             data = blob(2 * CHUNK_BYTES)
             report = FetchReport()
             call = asyncio.create_task(get(b, ChunkList.of([data]).ref, [a], report=report))
-            while not report.retries:  # noqa: ASYNC110
+            while not report.retries:
                 await asyncio.sleep(0.01)
             store.put(data)
             assert await call == data and report.retries >= 1

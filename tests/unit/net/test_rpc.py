@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from fake_net import network
 
 from potluck.errors import (
     BlobUnavailable,
@@ -21,6 +20,8 @@ from potluck.errors import (
 from potluck.net.host import PeerId
 from potluck.net.rpc import HELLO, Reply, Rpc, RpcLimits
 from potluck.net.wire import HEADER, Kind, encode
+
+from fake_net import network
 
 
 async def echo(peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
@@ -43,7 +44,7 @@ async def ends(reader: asyncio.StreamReader) -> bytes:
 
 async def until(condition: Any) -> None:
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.005)
 
 

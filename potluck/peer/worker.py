@@ -300,12 +300,12 @@ class Run:
             if self._wrote:
                 await self._wrote
             self.phase = "left"
-            self._reports.put_nowait(None)
 
     async def rounds(self, at_most: int | None = None) -> AsyncIterator[RoundReport]:
         """Train, and yield each round's report as it is applied. `at_most`: leave after so many rounds."""
         self._rounds_left = at_most
         training = asyncio.create_task(self.train())
+        training.add_done_callback(lambda _: self._reports.put_nowait(None))
         try:
             while (report := await self._reports.get()) is not None:
                 yield report

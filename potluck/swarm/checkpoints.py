@@ -77,9 +77,9 @@ class CheckpointStore:
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             _sync(self.root)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise StateError(f"cannot write the checkpoint {target}: {error.strerror or error}") from None
+            raise StateError(f"cannot write the checkpoint {target}: {error}; free some disk space") from None
         for old in self._complete()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return target

@@ -579,7 +579,7 @@ class GossipReplica:
             while not self._stop.is_set() and (left := when - self._now()) > 0:
                 try:
                     # In slices: the wall clock may be set while we sleep.
-                    await asyncio.wait_for(self._stop.wait(), min(left, 1.0))
+                    await asyncio.wait_for(self._stop.wait(), min(max(left, 0.001), 1.0))
                 except TimeoutError:
                     pass
 

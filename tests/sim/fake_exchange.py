@@ -1,0 +1,99 @@
+"""An in-memory swarm: one shared directory and blob space, with faults for each peer. Virtual time, no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from potluck.dht.records import Commit, Signed
+from potluck.errors import BlobUnavailable
+from potluck.net.blobs import BlobRef, ChunkList
+from potluck.net.host import PeerId
+from potluck.swarm.phases import Round
+from potluck.swarm.state import ReplicaState
+
+
+@dataclass
+class Faults:
+    """What goes wrong for one peer. `hides_from`: peers that cannot fetch its blobs."""
+
+    hides_from: set[PeerId] = field(default_factory=set)
+    down: bool = False
+    cannot_publish: bool = False
+    blind: bool = False
+    garbage: bytes | None = None
+    latency_seconds: float = 0.01
+
+
+@dataclass
+class World:
+    now: float = 0.0
+    commits: dict[tuple[str, int, int], dict[PeerId, Signed[Commit]]] = field(default_factory=dict)
+    blobs: dict[str, dict[PeerId, tuple[bytes, float]]] = field(default_factory=dict)
+    faults: dict[PeerId, Faults] = field(default_factory=dict)
+
+    def of(self, peer: PeerId) -> Faults:
+        return self.faults.setdefault(peer, Faults())
+
+
+class FakeExchange:
+    """Implements `swarm.exchange.Exchange` for one peer of a `World`."""
+
+    def __init__(self, world: World, peer: PeerId) -> None:
+        self.world, self.peer = world, peer
+
+    @property
+    def faults(self) -> Faults:
+        return self.world.of(self.peer)
+
+    async def publish(self, commit: Commit, expires_at: float, timeout_seconds: float) -> bool:
+        await asyncio.sleep(self.faults.latency_seconds)
+        if self.faults.cannot_publish or self.faults.down:
+            return False
+        key = (commit.module, commit.round, commit.shard)
+        self.world.commits.setdefault(key, {})[self.peer] = Signed(commit, self.peer, expires_at)
+        return True
+
+    async def commits(self, module: str, round_: Round, shard: int, timeout_seconds: float) -> list[Signed[Commit]]:
+        await asyncio.sleep(self.faults.latency_seconds)
+        found = self.world.commits.get((module, round_, shard), {})
+        return [s for p, s in sorted(found.items()) if p == self.peer or not (self.faults.blind or self.faults.down)]
+
+    def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
+        served = blob if self.faults.garbage is None else self.faults.garbage
+        ref = ChunkList.of([served]).ref
+        self.world.blobs.setdefault(ref.id, {})[self.peer] = (served, reveal_at)
+        return ref
+
+    def offer_state(self, state: ReplicaState) -> None:
+        blob = b"".join(state.buffers)
+        self.world.blobs.setdefault(state.digest, {})[self.peer] = (blob, 0.0)
+
+    async def fetch(
+        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
+    ) -> memoryview:
+        blob, _ = await self._get(ref, holders, timeout_seconds)
+        self.world.blobs[ref.id][self.peer] = (blob, 0.0)
+        return memoryview(blob)
+
+    async def fetch_state(
+        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
+    ) -> tuple[memoryview, dict[PeerId, int]]:
+        blob, holder = await self._get(ref, holders, timeout_seconds)
+        return memoryview(blob), {holder: len(blob)}
+
+    async def _get(self, ref: BlobRef, holders: Sequence[PeerId], timeout_seconds: float) -> tuple[bytes, PeerId]:
+        await asyncio.sleep(self.faults.latency_seconds)
+        for holder in holders:
+            theirs = self.world.of(holder)
+            held = self.world.blobs.get(ref.id, {}).get(holder)
+            if held is None or theirs.down or self.faults.down or self.peer in theirs.hides_from:
+                continue
+            assert held[1] <= self.world.now + 1e-6, "a blob was served before its reveal"
+            return held[0], holder
+        await asyncio.sleep(timeout_seconds)
+        raise BlobUnavailable(f"nobody of {len(holders)} serves {ref.id[:8]}")
+
+    def traffic(self) -> tuple[int, int]:
+        return 0, 0

@@ -1,0 +1,366 @@
+"""Gossip rounds under virtual time: several real replicas, a fake network, staged faults, exact outcomes."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import looptime
+import numpy as np
+import pytest
+import torch
+
+from potluck.net.host import PeerId
+from potluck.swarm.codecs import make_codec
+from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.local import LocalResult
+from potluck.swarm.outer import OuterStep
+from potluck.swarm.phases import Round, RoundClock
+from potluck.swarm.rounds import GossipReplica, RoundRules
+from potluck.swarm.state import ReplicaState
+from potluck.swarm.waits import WaitBoard
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_exchange import FakeExchange, World
+
+MODULE = "stage.0"
+LAYOUT = Layout.of([("bias", (7,)), ("weight", (40, 16))])
+RULES = RoundRules(
+    clock=RoundClock(genesis=0.0, seconds=10.0, exchange_seconds=2.0),
+    steps=5,
+    group_size=16,
+    retain=6,
+    fragments=4,
+    sync_limit=3.0,
+    clip=True,
+    batch_size=1,
+)
+
+
+class Quadratic:
+    """Stands in for LocalTrainer: each peer pulls the parameters towards a target of its own."""
+
+    def __init__(self, seed: int, step_seconds: float = 0.5) -> None:
+        self.layout = LAYOUT
+        self.target = np.random.default_rng(seed).standard_normal(LAYOUT.size).astype(np.float32)
+        self.theta: Flat = LAYOUT.zeros()
+        self.rate = np.float32(0.1)
+
+    def load(self, theta: Flat) -> None:
+        self.theta = theta.copy()
+
+    def train(
+        self, batches: Iterator[torch.Tensor], max_steps: int, first_step: int, may_start: Callable[[float], bool]
+    ) -> LocalResult:
+        steps = 0
+        while steps < max_steps and may_start(0.0):
+            self.theta += self.rate * (self.target - self.theta)
+            steps += 1
+        return LocalResult(steps, 100 * steps, 1.0, 0.5, 0.0)
+
+    def delta(self, theta: Flat) -> Flat:
+        return theta - self.theta
+
+    def evaluate(self, tokens: torch.Tensor) -> float:
+        return float(np.mean((self.theta - self.target) ** 2))
+
+
+class Swarm:
+    """Replicas on one virtual clock. Each has a task; events are kept per peer."""
+
+    def __init__(self, rules: RoundRules = RULES, codec: str = "int8", momentum: float = 0.0) -> None:
+        self.rules, self.codec, self.momentum = rules, codec, momentum
+        self.world = World()
+        self.loop = asyncio.get_running_loop()
+        self.started = self.loop.time()
+        self.replicas: dict[PeerId, GossipReplica] = {}
+        self.tasks: dict[PeerId, asyncio.Task[ReplicaState]] = {}
+        self.events: dict[PeerId, list[dict[str, Any]]] = {}
+        self.frozen: set[PeerId] = set()
+
+    def now(self) -> float:
+        self.world.now = self.loop.time() - self.started  # also asked by the compute thread
+        return self.world.now
+
+    def start(self, number: int) -> PeerId:
+        peer = PeerId(f"peer-{number:02d}")
+        waits = WaitBoard(self.now)
+        events = self.events.setdefault(peer, [])
+
+        def emit(name: str, **fields: Any) -> None:
+            events.append({"event": name, **fields})
+            for wait in waits.current():
+                assert float(wait["until"]) >= self.now() - 2.0, wait
+
+        velocity = LAYOUT.zeros() if self.momentum else None
+        replica = GossipReplica(
+            peer=peer,
+            module=MODULE,
+            rules=self.rules,
+            trainer=Quadratic(number),
+            codec=make_codec(self.codec, {"chunk": 64, "k": 8} if self.codec == "sparse" else {}),
+            outer=OuterStep(1.0 if not self.momentum else 0.7, self.momentum),
+            exchange=FakeExchange(self.world, peer),
+            batches=lambda round_: iter(()),
+            held_out=torch.zeros(1, 2, dtype=torch.int64),
+            now=self.now,
+            waits=waits,
+            emit=emit,
+            session=bytes([number]) * 16,
+        )
+        self.replicas[peer] = replica
+        theta_0 = ReplicaState(MODULE, LAYOUT, Round(0), LAYOUT.zeros(), velocity)
+        self.tasks[peer] = asyncio.create_task(replica.run(theta_0))
+        return peer
+
+    def crash(self, peer: PeerId) -> None:
+        self.world.of(peer).down = True
+        self.tasks[peer].cancel()
+
+    async def until(self, time: float) -> None:
+        await asyncio.sleep(time - self.now())
+        for peer, task in self.tasks.items():
+            if task.done() and not task.cancelled() and task.exception():
+                raise AssertionError(f"{peer} died") from task.exception()
+
+    def applied(self, peer: PeerId) -> dict[int, dict[str, Any]]:
+        return {e["round"]: e for e in self.events[peer] if e["event"] == "swarm.round.applied"}
+
+    def digests(self, round_: int) -> set[str]:
+        return {self.applied(p)[round_]["digest"] for p in self.events if round_ in self.applied(p)}
+
+    def thetas(self) -> list[Flat]:
+        return [r.state.theta for p, r in self.replicas.items() if r.state and not self.world.of(p).down]
+
+    async def end(self) -> None:
+        for replica in self.replicas.values():
+            replica.stop()
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+
+
+def simulate(body: Callable[[Swarm], Any], **settings: Any) -> None:
+    """Run a body in virtual time."""
+
+    async def go() -> None:
+        swarm = Swarm(**settings)
+        try:
+            await body(swarm)
+        finally:
+            await swarm.end()
+
+    loop = looptime.new_event_loop(end=1e6)
+    try:
+        loop.run_until_complete(go())
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("codec", ["none", "int8", "sparse"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_replicas_of_one_group_are_bit_identical_after_every_round(codec: str, momentum: float) -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(4)]
+        await swarm.until(100.0)
+        for round_ in range(9):
+            assert len(swarm.digests(round_)) == 1, round_
+            assert swarm.applied(peers[0])[round_]["group"] == tuple(peers)
+
+    simulate(body, codec=codec, momentum=momentum)
+
+
+def test_the_mean_of_all_targets_is_approached() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(4)]
+        await swarm.until(200.0)
+        wanted = np.mean([Quadratic(i).target for i in range(4)], axis=0)
+        for theta in swarm.thetas():
+            assert np.abs(theta - wanted).mean() < 0.25 * np.abs(wanted).mean()
+        assert len(peers) == 4
+
+    simulate(body, codec="none")
+
+
+def test_a_late_joiner_loads_the_groups_state_and_agrees_from_its_first_round() -> None:
+    async def body(swarm: Swarm) -> None:
+        for i in range(3):
+            swarm.start(i)
+        await swarm.until(52.0)
+        late = swarm.start(9)
+        await swarm.until(100.0)
+        mine = swarm.applied(late)
+        assert min(mine) <= 6
+        assert any(e["event"] == "swarm.state.loaded" for e in swarm.events[late])
+        for round_ in mine:
+            assert len(swarm.digests(round_)) == 1
+        assert mine[max(mine)]["contributed"]
+
+    simulate(body)
+
+
+@pytest.mark.parametrize("moment", [43.0, 47.9, 48.5, 48.75, 49.2])
+def test_a_crash_at_any_moment_costs_the_others_at_most_that_round(moment: float) -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(4)]
+        await swarm.until(moment)
+        swarm.crash(peers[3])
+        await swarm.until(100.0)
+        for peer in peers[:3]:
+            assert sorted(swarm.applied(peer)) == list(range(max(swarm.applied(peer)) + 1))
+        for round_ in range(6, 9):
+            assert len(swarm.digests(round_)) == 1
+            assert swarm.applied(peers[0])[round_]["group"] == tuple(peers[:3])
+
+    simulate(body)
+
+
+def test_one_that_missed_a_blob_shows_in_the_digests_and_is_identical_again_a_round_later() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(4)]
+        await swarm.until(41.0)
+        # Peer 3 can fetch peer 0's contribution of round 4 from nobody.
+        for other in peers[:3]:
+            swarm.world.of(other).hides_from = {peers[3]}
+        await swarm.until(51.0)
+        for other in peers[:3]:
+            swarm.world.of(other).hides_from = set()
+        await swarm.until(100.0)
+        assert len(swarm.digests(4)) == 2
+        assert swarm.applied(peers[3])[4]["missing"]
+        assert not swarm.applied(peers[0])[5]["agree"]
+        for round_ in range(5, 9):
+            assert len(swarm.digests(round_)) == 1, round_
+
+    simulate(body)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"x", b"\x00" * 700, b"PLC1" + b"\xff" * 2000])
+def test_garbage_is_left_out_and_named(garbage: bytes) -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(4)]
+        await swarm.until(31.0)
+        swarm.world.of(peers[2]).garbage = garbage
+        await swarm.until(60.0)
+        mine = swarm.applied(peers[0])[4]
+        assert peers[2] not in mine["group"] and peers[2] in mine["missing"]
+
+    simulate(body)
+
+
+def test_a_commit_stamped_after_the_deadline_counts_for_nobody() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(3)]
+        await swarm.until(48.6)
+        key = (MODULE, 4, 0)
+        signed = swarm.world.commits[key][peers[1]]
+        late = replace(signed, record=type(signed.record)(**{**asdict(signed.record), "committed_at": 48.71}))
+        swarm.world.commits[key][peers[1]] = late
+        await swarm.until(60.0)
+        assert swarm.applied(peers[0])[4]["group"] == (peers[0], peers[2])
+        assert swarm.applied(peers[2])[4]["group"] == (peers[0], peers[2])
+
+    simulate(body)
+
+
+def test_who_sees_nobody_says_it_is_alone_and_keeps_its_clock() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(3)]
+        await swarm.until(31.0)
+        swarm.world.of(peers[0]).blind = True
+        for other in peers[1:]:
+            swarm.crash(other)
+        await swarm.until(100.0)
+        rounds = swarm.applied(peers[0])
+        assert all(rounds[r]["alone"] for r in range(4, 9))
+        assert sorted(rounds) == list(range(max(rounds) + 1))
+        alone = [e for e in swarm.events[peers[0]] if e["event"] == "swarm.round.alone"]
+        assert alone[-1]["rounds_alone"] >= 5
+
+    simulate(body)
+
+
+@pytest.mark.parametrize("frozen_rounds", [3, 12])
+def test_who_was_frozen_comes_back_to_the_same_bits(frozen_rounds: int) -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(3)]
+        await swarm.until(33.0)
+        replica = swarm.replicas[peers[2]]
+        thaw = asyncio.Event()
+        real = replica._sleep_until
+
+        async def frozen(when: float, what: str, then: str) -> None:
+            await thaw.wait()
+            await real(when, what, then)
+
+        replica._sleep_until = frozen  # type: ignore[method-assign]
+        await swarm.until(33.0 + 10 * frozen_rounds)
+        thaw.set()
+        replica._sleep_until = real  # type: ignore[method-assign]
+        end = 33.0 + 10 * (frozen_rounds + 6)
+        await swarm.until(end)
+        names = [e["event"] for e in swarm.events[peers[2]]]
+        assert ("swarm.round.replayed" in names) or ("swarm.state.loaded" in names)
+        last = int(end // 10) - 1
+        for round_ in range(last - 2, last):
+            assert len(swarm.digests(round_)) == 1, (round_, names[-30:])
+
+    simulate(body)
+
+
+def test_what_was_not_published_stays_in_the_error_feedback() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(2)]
+        await swarm.until(31.0)
+        swarm.world.of(peers[1]).cannot_publish = True
+        await swarm.until(50.0)
+        replica = swarm.replicas[peers[1]]
+        assert replica.residual is not None
+        skipped = [e for e in swarm.events[peers[1]] if e["event"] == "swarm.round.skipped"]
+        assert skipped and skipped[-1]["reason"] == "not_stored"
+        # Round 4's whole pseudo-gradient is still there: nothing of it was sent.
+        assert float(np.abs(replica.residual).sum()) > 0
+        assert peers[1] not in swarm.applied(peers[0])[4]["group"]
+        assert len(swarm.digests(4)) == 1
+
+    simulate(body, codec="sparse")
+
+
+def test_leaving_lets_the_last_contribution_count() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(3)]
+        await swarm.until(42.0)
+        swarm.replicas[peers[1]].finish()
+        await swarm.until(60.0)
+        assert swarm.tasks[peers[1]].done()
+        assert peers[1] in swarm.applied(peers[0])[4]["group"]
+        assert peers[1] not in swarm.applied(peers[0])[5]["group"]
+
+    simulate(body)
+
+
+def test_with_several_groups_fragments_contract_the_drift() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(8)]
+        await swarm.until(200.0)
+        assert all(swarm.replicas[p].shards > 1 for p in peers)
+        before = drift(swarm)
+        assert before > 0.01
+        for replica in swarm.replicas.values():
+            replica.trainer.rate = np.float32(0.0)  # type: ignore[attr-defined]
+        # Updates are zero from here on: only fragments can bring the replicas together.
+        await swarm.until(200.0 + 10 * 8 * RULES.fragments)
+        assert drift(swarm) < 0.1 * before
+
+    simulate(body, rules=replace(RULES, group_size=3), codec="none")
+
+
+def drift(swarm: Swarm) -> float:
+    return float(np.std(np.stack(swarm.thetas()), axis=0).mean())
+
+
+def asdict(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__struct_fields__}

@@ -21,7 +21,6 @@ from potluck.dht.shards import count_replicas, estimate_replicas, next_shards, s
 from potluck.errors import (
     BlobUnavailable,
     CodecError,
-    IdentityError,
     NetworkError,
     ProtocolError,
     StateError,
@@ -158,7 +157,6 @@ class GossipReplica:
         self._stop, self._finish = asyncio.Event(), asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._out_of_sync = False
-        self._born = now()
 
     # ---- the life of a replica ------------------------------------------------------------------------------
 
@@ -337,21 +335,11 @@ class GossipReplica:
         if left <= 0:
             return False
         signed = await self._exchange.commits(self.module, round_, shard, left)
-        self._check_identity(signed)
         new = {s.peer: s.record for s in signed if s.peer not in view.commits and self._admissible(s, round_)}
         view.commits.update(new)
         members = tuple(peer for peer in view.commits if peer != self.peer)
         await asyncio.gather(*(self._pull_one(p, c, members, pull_by, view) for p, c in new.items()))
         return bool(new)
-
-    def _check_identity(self, signed: list[Signed[Commit]]) -> None:
-        for s in signed:
-            # Older commits of ours are from before a restart; a newer one of another session is another process.
-            if s.peer == self.peer and s.record.session != self._session and s.record.committed_at > self._born:
-                raise IdentityError(
-                    "another process trains with this identity (two homes with one identity.key?): "
-                    "stop it, or give this one a new --home"
-                )
 
     def _admissible(self, signed: Signed[Commit], round_: Round) -> bool:
         """Commits stamped after the deadline count for nobody, and a commit of ours must be one that we published."""

@@ -15,16 +15,21 @@ Goals: h1_none_ratio <= 1.01, h10_none_ratio and h10_int8_ratio <= 1.05, h10_spa
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from potluck.net.host import PeerId
 from potluck.swarm.aggregate import Contribution, aggregate, token_weights
@@ -60,7 +65,7 @@ class Size:
 
 SIZES = {
     # --quick: 0.12M parameters.
-    "tiny": Size(hidden=64, layers=2, heads=4, batch=4, length=64, steps=240, eval_every=40, eval_windows=128),
+    "tiny": Size(hidden=64, layers=2, heads=4, batch=4, length=64, steps=200, eval_every=40, eval_windows=128),
     # Tuning: 0.17M parameters.
     "small": Size(hidden=64, layers=3, heads=4, batch=8, length=128, steps=400, eval_every=20, eval_windows=128),
     # The model of the `demo` preset: 0.82M parameters.
@@ -259,6 +264,9 @@ class Runs:
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             self._rows = {row["key"]: row for row in rows}
 
+    def has(self, size: Size, method: Method, seed: int) -> bool:
+        return key_of(size, method, seed) in self._rows
+
     def get(self, size: Size, method: Method, seed: int) -> dict[str, Any]:
         key = key_of(size, method, seed)
         if key not in self._rows:
@@ -277,3 +285,150 @@ class Runs:
         if length not in self._corpora:
             self._corpora[length] = load_corpus(DataSpec(length), own_manifest=True)
         return self._corpora[length]
+
+
+# --- what is compared
+
+
+def tuned(size: str, horizon: int, codec: str = "none") -> Method:
+    """The setting that the tuning on seed 0 chose (docs/convergence.md has the grids)."""
+    if horizon == 0:
+        return Method(0, learning_rate=4e-3, betas=(0.8, 0.95))
+    if horizon == 1:
+        return Method(1, codec, learning_rate=4e-3, betas=(0.8, 0.95))
+    method = Method(horizon, codec, learning_rate=3e-3, betas=(0.5, 0.95), momentum=0.8, momentum_warmup_rounds=10)
+    if codec == "sparse":
+        method = replace(method, parameters={"k": 512})
+    return method
+
+
+def grid(method: Method) -> list[Method]:
+    """Learning rates tried on seed 0: the chosen one and its neighbours."""
+    return [replace(method, learning_rate=method.learning_rate * factor) for factor in (2 / 3, 1.0, 3 / 2)]
+
+
+def methods(size: str, quick: bool) -> list[Method]:
+    pairs = [(0, "none"), (1, "none"), (10, "none"), (10, "int8"), (10, "sparse")]
+    if not quick:
+        pairs += [(30, "none"), (30, "int8"), (30, "sparse"), (1, "int8"), (1, "sparse")]
+    return [tuned(size, horizon, codec) for horizon, codec in pairs]
+
+
+# --- results
+
+
+def loss_at(row: dict[str, Any], step: int) -> float:
+    """Held-out loss at a step, between two evaluations by interpolation."""
+    steps, losses = zip(*row["curve"], strict=True)
+    return float(np.interp(step, steps, losses))
+
+
+def mean_ratio(rows: list[dict[str, Any]], base: list[dict[str, Any]], step: int) -> float:
+    """Mean, over the seeds that both have, of the losses at a step over those of `base`."""
+    of_seed = {row["seed"]: row for row in base}
+    pairs = [(row, of_seed[row["seed"]]) for row in rows if row["seed"] in of_seed]
+    return statistics.mean(loss_at(a, step) / loss_at(b, step) for a, b in pairs)
+
+
+def summarize(results: dict[str, list[dict[str, Any]]], size: Size) -> dict[str, Any]:
+    """The JSON line."""
+    ddp, end = results["ddp"], size.steps
+    summary: dict[str, Any] = {"ddp_loss": round(statistics.mean(row["loss"] for row in ddp), 4)}
+    for name, rows in results.items():
+        if name != "ddp":
+            summary[f"{name}_ratio"] = round(mean_ratio(rows, ddp, end), 4)
+    for name in [name for name in results if name.endswith("_sparse")]:
+        summary[f"{name}_ddp_ratio"] = summary[f"{name}_ratio"]
+        none = results[name.replace("sparse", "none")]
+        summary[f"{name}_ratio"] = round(mean_ratio(results[name], none, end), 4)
+    return summary | {"tokens": ddp[0]["tokens"], "seeds": len(ddp)}
+
+
+def show(results: dict[str, list[dict[str, Any]]], size: Size, console: Console) -> None:
+    quarters = [size.steps * i // 4 for i in (1, 2, 3, 4)]
+    columns = ["method", "lr", "beta1", "outer", "loss (seeds)", "loss"]
+    table = Table(*columns, *(f"/ddp @{step}" for step in quarters), "/none", "B/param/round")
+    for name, rows in results.items():
+        m = rows[0]["method"]
+        none = results.get(name.rsplit("_", 1)[0] + "_none") if not name.endswith("_none") else None
+        table.add_row(
+            name,
+            f"{m['learning_rate']:g}",
+            f"{m['betas'][0]:g}",
+            f"{m['outer_rate']:g} / {m['momentum']:g}" if m["horizon"] else "",
+            " ".join(f"{row['loss']:.3f}" for row in rows),
+            f"{statistics.mean(row['loss'] for row in rows):.4f}",
+            *(f"{mean_ratio(rows, results['ddp'], step):.3f}" for step in quarters),
+            f"{mean_ratio(rows, none, size.steps):.3f}" if none else "",
+            f"{rows[0]['bytes_per_parameter_and_round']:.3f}",
+        )
+    console.print(table)
+    console.print("h10_sparse_ratio in the JSON is sparse / none at H = 10; every other ratio is over ddp.")
+
+
+def plot(results: dict[str, list[dict[str, Any]]], size: Size, path: Path) -> None:
+    """Held-out loss, and its ratio to ddp, over steps: mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    for name, rows in results.items():
+        steps = [step for step, _ in rows[0]["curve"]]
+        style = {"none": "-", "int8": "--", "sparse": ":"}[rows[0]["method"]["codec"]]
+        color = {0: "black", 1: "tab:green", 10: "tab:blue", 30: "tab:red"}[rows[0]["method"]["horizon"]]
+        losses = [statistics.mean(loss_at(row, step) for row in rows) for step in steps]
+        left.plot(steps[1:], losses[1:], style, color=color, label=name)
+        if name != "ddp":
+            ratios = [mean_ratio(rows, results["ddp"], step) for step in steps]
+            right.plot(steps[1:], ratios[1:], style, color=color, label=name)
+    right.axhline(1.0, color="black", linewidth=0.8)
+    right.axhline(1.05, color="grey", linewidth=0.8, linestyle="-.")
+    left.set(xlabel="optimizer step (H = 10: ten per round)", ylabel="held-out loss, nats per byte")
+    right.set(xlabel="optimizer step", ylabel="loss / ddp loss at the same step")
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model, one seed, 35 s on an idle core")
+    parser.add_argument("--size", choices=sorted(SIZES), default="demo", help="model and length (default: demo)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--methods", help="only these, for example ddp,h10_none")
+    parser.add_argument("--tune", action="store_true", help="first try neighbouring learning rates on seed 0")
+    parser.add_argument("--cached", action="store_true", help="train nothing: show what is finished")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(stderr=arguments.json, width=150)
+    size_name = "tiny" if arguments.quick else arguments.size
+    size = SIZES[size_name]
+    chosen = methods(size_name, arguments.quick)
+    if arguments.methods:
+        chosen = [m for m in chosen if m.name in arguments.methods.split(",")]
+    runs = Runs(None if arguments.quick else arguments.out / "convergence.jsonl", console)
+    if arguments.tune:
+        for method in (neighbour for m in chosen for neighbour in grid(m)):
+            runs.get(size, method, 0)
+    seeds = range(1 if arguments.quick else arguments.seeds)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in seeds:  # seeds outermost: a sweep that is cut short has every method
+        for method in chosen:
+            if not arguments.cached or runs.has(size, method, seed):
+                results.setdefault(method.name, []).append(runs.get(size, method, seed))
+    show(results, size, console)
+    summary = summarize(results, size)
+    if not arguments.quick:
+        name = f"convergence-{size_name}"
+        plot(results, size, arguments.out / f"{name}.svg")
+        (arguments.out / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
+    sys.stdout.write(json.dumps(summary) + "\n")
+
+
+if __name__ == "__main__":
+    main()

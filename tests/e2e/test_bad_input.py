@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,23 @@ def test_a_manifest_of_another_run_or_with_a_bad_signature_is_refused() -> None:
 
     with short_folder() as folder:
         asyncio.run(go(folder))
+
+
+@pytest.mark.privileged
+@pytest.mark.slow
+def test_a_full_disk_ends_with_one_clear_line_and_keeps_what_was_there() -> None:
+    with short_folder() as folder:
+        small = folder / "small"
+        small.mkdir()
+        try:
+            mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True)
+        except FileNotFoundError:
+            pytest.skip("no mount command")
+        if mount.returncode != 0:
+            pytest.skip("mounting a small disk needs root")
+        try:
+            manifest = str(write_manifest(folder, model__config__intermediate_size=2048))
+            refused(2, "host", manifest, "--home", str(small / "h"), "--loopback", says="the disk is full")
+            assert not list(small.rglob(".partial*")) and not list(small.rglob("*.tmp"))
+        finally:
+            subprocess.run(["umount", str(small)], check=False)

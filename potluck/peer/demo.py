@@ -22,19 +22,25 @@ from potluck.swarm.model import build_module
 
 @dataclass(frozen=True)
 class Script:
-    """What happens when, in rounds. `rounds`: rounds in all."""
+    """What happens when: numbers of rounds, each counted from the event before it."""
 
     round_seconds: float
     exchange_seconds: float
     steps: int
-    rounds: int
-    late_join_at: int
-    kill_at: int
-    organizer_dies_at: int
+    together: int
+    after_late_join: int
+    after_comeback: int
+    without_organizer: int
+
+    @property
+    def total_steps(self) -> int:
+        """About as many as the run will do, for the learning rate's schedule."""
+        rounds = self.together + self.after_late_join + self.after_comeback + self.without_organizer
+        return self.steps * (rounds + 6)
 
 
-FULL = Script(5.0, 1.6, 12, rounds=34, late_join_at=5, kill_at=10, organizer_dies_at=18)
-FAST = Script(4.0, 1.4, 8, rounds=13, late_join_at=1, kill_at=4, organizer_dies_at=8)
+FULL = Script(5.0, 1.6, 12, together=4, after_late_join=6, after_comeback=6, without_organizer=12)
+FAST = Script(4.0, 1.4, 8, together=1, after_late_join=2, after_comeback=1, without_organizer=3)
 
 
 @dataclass(frozen=True)
@@ -73,35 +79,40 @@ class Demo:
         workers = await asyncio.gather(*(party.start(f"worker-{i}", "join", invite) for i in (1, 2, 3)))
         self.say("the organizer and three workers train together")
 
-        await self._until_round(script.late_join_at)
+        await self._rounds(script.together)
         self.say("a fourth worker joins late")
         late = await party.start("latecomer", "join", invite, wait=False)
 
-        await self._until_round(script.kill_at)
+        await self._rounds(script.after_late_join)
         victim = workers[1]
         await party.kill(victim)
         self.say(f"{victim.name} is killed with -9; it comes back with the same home")
         before = len(victim.applied)
         await party.restart(victim, "join", invite, wait=False)
+        await self._until("the latecomer to contribute", lambda: _first_contribution(late) is not None)
+        await self._until(f"{victim.name} to come back", lambda: len(victim.applied) > before)
 
-        await self._until_round(script.organizer_dies_at)
+        await self._rounds(script.after_comeback)
         await party.kill(organizer)
         organizer.state = "dead for good"
         self.say("the organizer is killed for good: the run goes on")
 
-        await self._until_round(script.rounds)
+        await self._rounds(script.without_organizer)
         await party.leave_all([m for m in self.members if m is not organizer])
         self.say("all have left")
         return Cast(organizer, victim, late, before, organizer.last["round"])
 
-    async def _until_round(self, number: int) -> None:
-        """Until some peer has applied so many rounds, and into the next round's training."""
-        limit = 3 * self.script.round_seconds * (number + 2) + JOIN_SECONDS
-        await self.party.until(
-            f"round {number}", lambda: max(m.last.get("round", -1) for m in self.members) + 1 >= number, limit
-        )
-        # A kill in the middle of the exchange is what the fault tests are for.
+    async def _rounds(self, count: int) -> None:
+        """Let so many rounds pass, and go into the next one's training.
+
+        A kill in the middle of the exchange is what the fault tests are for.
+        """
+        number = max(m.last.get("round", -1) for m in self.members) + count
+        await self._until(f"round {number}", lambda: max(m.last.get("round", -1) for m in self.members) >= number)
         await asyncio.sleep(0.25 * self.script.round_seconds)
+
+    async def _until(self, what: str, condition: Callable[[], bool]) -> None:
+        await self.party.until(what, condition, 20 * self.script.round_seconds + JOIN_SECONDS)
 
     def _figures(self, cast: Cast) -> dict[str, Any]:
         rounds = [event for member in self.members for event in member.applied]
@@ -142,7 +153,7 @@ def _settings(script: Script) -> dict[str, Any]:
         "rounds.seconds": script.round_seconds,
         "rounds.exchange_seconds": script.exchange_seconds,
         "rounds.steps": script.steps,
-        "training.total_steps": script.steps * script.rounds,
+        "training.total_steps": script.total_steps,
     }
 
 

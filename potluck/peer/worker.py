@@ -33,27 +33,22 @@ from potluck.dht.template import load_toml
 from potluck.errors import IdentityError, ManifestError, NetworkError, PotluckError, StateError, UserError
 from potluck.net.blobs import BlobId, BlobRef, fetch
 from potluck.net.identity import Identity
+from potluck.peer.build import MODULE, Parts, build, initial_state, outer_of, rules_of, same_draft
 from potluck.peer.clock import SAID_SECONDS, RunClock
 from potluck.peer.control import ControlServer
 from potluck.peer.events import EventLog
-from potluck.peer.hardware import choose_device, fit_micro_batch
 from potluck.peer.home import Home, RunFolder
 from potluck.peer.node import NetworkSettings, Node
 from potluck.swarm.checkpoints import CheckpointStore
 from potluck.swarm.codecs import CODEC_NAMES, make_codec
-from potluck.swarm.data import Corpus, assigned_offsets, load_corpus
+from potluck.swarm.data import assigned_offsets
 from potluck.swarm.exchange import NetworkExchange
-from potluck.swarm.layout import Flat, Layout
-from potluck.swarm.local import LocalTrainer
-from potluck.swarm.model import build_module
-from potluck.swarm.outer import OuterStep
-from potluck.swarm.phases import Round, RoundClock
-from potluck.swarm.rounds import GossipReplica, RoundReport, RoundRules
+from potluck.swarm.layout import Flat
+from potluck.swarm.phases import Round
+from potluck.swarm.rounds import GossipReplica, RoundReport
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 from potluck.swarm.waits import WaitBoard
 
-#: The module of a data-parallel run: a pipeline of one stage.
-MODULE = "stage.0"
 CLOCK_CHECK_SECONDS = 30.0
 #: Held-out windows evaluated at the start of each round: the loss curve costs little beside the round's steps.
 EVALUATED_WINDOWS = 8
@@ -69,15 +64,6 @@ class PeerSettings:
     data: str | None = None
     keep_checkpoints: int = 3
     network: NetworkSettings = field(default_factory=NetworkSettings)
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What is built from a manifest before the first round."""
-
-    trainer: LocalTrainer
-    corpus: Corpus
-    theta_0: ReplicaState
 
 
 class Peer:
@@ -106,7 +92,7 @@ class Peer:
         draft_manifest = draft.finish(self.identity.peer_id, created=0.0, genesis=0.0)
         for folder in self.home.runs():
             signed = folder.manifest()
-            if signed and _same_draft(signed.manifest, draft_manifest):
+            if signed and same_draft(signed.manifest, draft_manifest):
                 return await self._take_part(folder, signed, None)
         theta_0 = await asyncio.to_thread(initial_state, draft_manifest)
         now = time.time()
@@ -157,7 +143,7 @@ class Run:
         self._reports: asyncio.Queue[RoundReport | None] = asyncio.Queue()
         self._rounds_left: int | None = None
         self._progress = 0
-        self._parts: _Parts | None = None
+        self._parts: Parts | None = None
         self._directory: Directory | None = None
         self._checkpoints: CheckpointStore | None = None
         self._wrote: asyncio.Task[None] | None = None
@@ -197,7 +183,9 @@ class Run:
         await self._check_clock(first=True)
         self._say("building", "model and data", 300)
         own = self.manifest.organizer == self.identity.peer_id
-        self._parts = await asyncio.to_thread(self._build, own)
+        self._parts = await asyncio.to_thread(
+            build, self.manifest, self.settings.device, self.settings.threads, self.settings.data, own
+        )
         self._directory = await self.node.join_dht(
             self.run_id,
             max_ahead_seconds=(self.manifest.rounds.retain + 3) * self.manifest.rounds.seconds + 60,
@@ -231,18 +219,7 @@ class Run:
         elif first:
             self.events.emit("peer.clock.checked", seconds=measured)
 
-    def _build(self, own_manifest: bool) -> _Parts:
-        """Model, data and device. Blocking; seconds."""
-        if self.settings.threads:
-            torch.set_num_threads(self.settings.threads)
-        manifest, device = self.manifest, choose_device(self.settings.device)
-        corpus = load_corpus(manifest.data, self.settings.data, own_manifest)
-        module = build_module(manifest.model, MODULE)
-        theta_0 = _state_of(module, manifest)
-        micro_batch = fit_micro_batch(manifest.training.batch_size, manifest.data.sequence_length, module, device)
-        return _Parts(LocalTrainer(module, manifest.training, device, micro_batch=micro_batch), corpus, theta_0)
-
-    async def _make_replica(self, parts: _Parts, directory: Directory) -> GossipReplica:
+    async def _make_replica(self, parts: Parts, directory: Directory) -> GossipReplica:
         manifest = self.manifest
         self._checkpoints = CheckpointStore(
             self.folder.checkpoints(MODULE), self.run_id, self.settings.keep_checkpoints
@@ -250,10 +227,10 @@ class Run:
         return GossipReplica(
             peer=self.identity.peer_id,
             module=MODULE,
-            rules=_rules(manifest),
+            rules=rules_of(manifest),
             trainer=parts.trainer,
             codec=make_codec(manifest.codec.name, manifest.codec.parameters),
-            outer=_outer(manifest),
+            outer=outer_of(manifest),
             exchange=NetworkExchange(
                 directory,
                 self.node.rpc,
@@ -277,7 +254,7 @@ class Run:
         """Rounds until asked to leave. Raises what ends a peer: ClockError, IdentityError, DaemonError."""
         assert self.replica and self._parts
         start = await self._starting_state(self._parts)
-        self._first_round = _rules(self.manifest).clock.round_at(self.clock.now())
+        self._first_round = rules_of(self.manifest).clock.round_at(self.clock.now())
         care = [
             asyncio.create_task(self.node.keep_connected()),
             asyncio.create_task(self._watch_clock()),
@@ -318,7 +295,7 @@ class Run:
         if self.replica:
             self.replica.stop()
 
-    async def _starting_state(self, parts: _Parts) -> ReplicaState:
+    async def _starting_state(self, parts: Parts) -> ReplicaState:
         """The newest checkpoint, else theta_0: built from the seed, or downloaded where the seed gives other bits."""
         assert self._checkpoints and self.replica
         saved = await asyncio.to_thread(self._checkpoints.latest, parts.theta_0.layout, MODULE)
@@ -508,43 +485,4 @@ class Run:
         self.events.emit("peer.phase", phase=phase, waiting_for=what, at_most_seconds=seconds)
 
 
-def initial_state(manifest: Manifest) -> ReplicaState:
-    """theta_0 from the manifest's seed, its digest computed. Blocking."""
-    return _state_of(build_module(manifest.model, MODULE), manifest)
-
-
-def _state_of(module: torch.nn.Module, manifest: Manifest) -> ReplicaState:
-    layout = Layout.of_module(module)
-    velocity = layout.zeros() if manifest.outer.momentum > 0 else None
-    state = ReplicaState(MODULE, layout, Round(0), layout.gather(module), velocity)
-    _ = state.digest
-    return state
-
-
-def _rules(manifest: Manifest) -> RoundRules:
-    rounds = manifest.rounds
-    return RoundRules(
-        clock=RoundClock(manifest.genesis, rounds.seconds, rounds.exchange_seconds),
-        steps=rounds.steps,
-        group_size=rounds.group_size,
-        retain=rounds.retain,
-        fragments=rounds.fragments,
-        sync_limit=rounds.sync_limit,
-        clip=manifest.aggregation.clip,
-        batch_size=manifest.training.batch_size,
-    )
-
-
-def _outer(manifest: Manifest) -> OuterStep:
-    outer = manifest.outer
-    return OuterStep(outer.learning_rate, outer.momentum, outer.nesterov, outer.momentum_warmup_rounds)
-
-
-def _same_draft(manifest: Manifest, draft: Manifest) -> bool:
-    """Whether a run was started from this draft: equal but for what `host` fills in."""
-    filled = {"created": draft.created, "genesis": draft.genesis, "organizer": draft.organizer}
-    model = manifest.model.model_copy(update={"initial_state": None, "initial_bytes": 0})
-    return manifest.model_copy(update={**filled, "model": model}) == draft and manifest.organizer == draft.organizer
-
-
-__all__ = ["Peer", "PeerSettings", "PotluckError", "Run", "initial_state"]
+__all__ = ["Peer", "PeerSettings", "Run"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potluck.peer import worker
+from potluck.peer import build
 from potluck.peer.node import NetworkSettings
 from potluck.peer.worker import Peer, PeerSettings
 
@@ -34,7 +34,7 @@ def test_rounds_can_be_iterated_and_left() -> None:
 
 def test_a_peer_whose_seed_gives_other_weights_downloads_theta_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another PyTorch may draw other bits from the seed; here the organizer's are shifted on purpose."""
-    ours = worker._state_of
+    ours = build.state_of
 
     def shifted(module: object, manifest: object) -> object:
         state = ours(module, manifest)  # type: ignore[arg-type]
@@ -44,12 +44,12 @@ def test_a_peer_whose_seed_gives_other_weights_downloads_theta_0(monkeypatch: py
 
     async def go(folder: Path) -> None:
         async with Peer.open(folder / "a", LOOPBACK) as organizer, Peer.open(folder / "b", LOOPBACK) as joiner:
-            monkeypatch.setattr(worker, "_state_of", shifted)
+            monkeypatch.setattr(build, "state_of", shifted)
             hosted = await organizer.host(write_manifest(folder, rounds__seconds=60.0))
             training = asyncio.create_task(hosted.train())
             while hosted.replica is None or hosted.replica.state is None:
                 await asyncio.sleep(0.05)
-            monkeypatch.setattr(worker, "_state_of", ours)
+            monkeypatch.setattr(build, "state_of", ours)
             joined = await joiner.join(await hosted.invite())
             assert joined._parts is not None
             wanted = hosted.manifest.model.initial_state

@@ -6,7 +6,7 @@ is left out. `ddp` is one process that takes the four workers' batches as one, w
 Every method sees exactly the same samples (those that the run assigns to four peers in rounds of ten steps), starts
 from the same weights and has its learning rate tuned on seed 0.
 
-    python benchmarks/convergence.py [--quick] [--size demo] [--seeds 3] [--out benchmarks/results] [--tune] [--json]
+    python benchmarks/convergence.py [--quick] [--size small] [--seeds 3] [--out benchmarks/results] [--tune] [--json]
 
 Finished runs are kept in `convergence.jsonl` under `--out` and not repeated (`--quick` keeps nothing). The last line
 is JSON. Ratios are held-out losses at the end over that of ddp, but `h10_sparse_ratio` is sparse over none at H = 10.
@@ -66,9 +66,9 @@ class Size:
 SIZES = {
     # --quick: 0.12M parameters.
     "tiny": Size(hidden=64, layers=2, heads=4, batch=4, length=64, steps=200, eval_every=40, eval_windows=128),
-    # Tuning: 0.17M parameters.
+    # The default: 0.17M parameters, 45 s a run on an idle core, 25 minutes in all.
     "small": Size(hidden=64, layers=3, heads=4, batch=8, length=128, steps=400, eval_every=20, eval_windows=128),
-    # The model of the `demo` preset: 0.82M parameters.
+    # The model of the `demo` preset: 0.82M parameters, 140 s a run, 70 minutes in all.
     "demo": Size(hidden=128, layers=4, heads=4, batch=8, length=128, steps=400, eval_every=40, eval_windows=128),
 }
 
@@ -171,9 +171,7 @@ def samples(size: Size, corpus: Corpus, seed: int, peer: PeerId, step: int) -> t
     """The batch of a peer at a step, whatever the method."""
     round_, within = divmod(step, ASSIGNMENT_STEPS)
     run_seed = f"convergence {seed}".encode()
-    return corpus.batch(
-        assigned_offsets(run_seed, MODULE, peer, round_, within * size.batch, size.batch, corpus)
-    )
+    return corpus.batch(assigned_offsets(run_seed, MODULE, peer, round_, within * size.batch, size.batch, corpus))
 
 
 @dataclass
@@ -290,16 +288,28 @@ class Runs:
 # --- what is compared
 
 
+#: Learning rates that the tuning on seed 0 chose (grids in docs/convergence.md): (ddp, every horizon).
+RATES = {"tiny": (4e-3, 3e-3), "small": (4e-3, 3e-3), "demo": (2.5e-3, 1.5e-3)}
+
+
 def tuned(size: str, horizon: int, codec: str = "none") -> Method:
-    """The setting that the tuning on seed 0 chose (docs/convergence.md has the grids)."""
+    """The settings that tuning on seed 0 chose (docs/convergence.md says what was tried)."""
+    large = size == "demo"
     if horizon == 0:
-        return Method(0, learning_rate=4e-3, betas=(0.8, 0.95))
-    if horizon == 1:
-        return Method(1, codec, learning_rate=4e-3, betas=(0.8, 0.95))
-    method = Method(horizon, codec, learning_rate=3e-3, betas=(0.5, 0.95), momentum=0.8, momentum_warmup_rounds=10)
-    if codec == "sparse":
-        method = replace(method, parameters={"k": 512})
-    return method
+        return Method(0, learning_rate=2.5e-3 if large else 4e-3, betas=(0.8, 0.95))
+    rate = 1.5e-3 if large else 2e-3 if horizon == 30 else 3e-3
+    # The outer momentum warms up over a quarter of the run's rounds.
+    warmup = max(1, SIZES[size].steps // (4 * horizon))
+    parameters = {"k": 1024} if codec == "sparse" else {}
+    return Method(
+        horizon,
+        codec,
+        parameters,
+        learning_rate=rate,
+        betas=(0.5, 0.95),
+        momentum=0.8,
+        momentum_warmup_rounds=warmup,
+    )
 
 
 def grid(method: Method) -> list[Method]:
@@ -338,9 +348,9 @@ def summarize(results: dict[str, list[dict[str, Any]]], size: Size) -> dict[str,
         if name != "ddp":
             summary[f"{name}_ratio"] = round(mean_ratio(rows, ddp, end), 4)
     for name in [name for name in results if name.endswith("_sparse")]:
-        summary[f"{name}_ddp_ratio"] = summary[f"{name}_ratio"]
-        none = results[name.replace("sparse", "none")]
-        summary[f"{name}_ratio"] = round(mean_ratio(results[name], none, end), 4)
+        summary[f"{name}_ddp_ratio"] = summary.pop(f"{name}_ratio")
+        if none := results.get(name.replace("sparse", "none")):
+            summary[f"{name}_ratio"] = round(mean_ratio(results[name], none, end), 4)
     return summary | {"tokens": ddp[0]["tokens"], "seeds": len(ddp)}
 
 
@@ -396,7 +406,7 @@ def plot(results: dict[str, list[dict[str, Any]]], size: Size, path: Path) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller model, one seed, 35 s on an idle core")
-    parser.add_argument("--size", choices=sorted(SIZES), default="demo", help="model and length (default: demo)")
+    parser.add_argument("--size", choices=sorted(SIZES), default="small", help="small: 0.17M parameters, demo: 0.82M")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--methods", help="only these, for example ddp,h10_none")
@@ -406,6 +416,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(stderr=arguments.json, width=150)
+    if arguments.seeds < 1:
+        parser.error("--seeds: at least 1")
     size_name = "tiny" if arguments.quick else arguments.size
     size = SIZES[size_name]
     chosen = methods(size_name, arguments.quick)
@@ -421,6 +433,8 @@ def main() -> None:
         for method in chosen:
             if not arguments.cached or runs.has(size, method, seed):
                 results.setdefault(method.name, []).append(runs.get(size, method, seed))
+    if "ddp" not in results:
+        parser.error("nothing to compare with: ddp is not among the methods, or not finished (leave out --cached)")
     show(results, size, console)
     summary = summarize(results, size)
     if not arguments.quick:

@@ -66,7 +66,11 @@ def event_line(event: Event) -> str | None:
         case "swarm.join.alone":
             return f"nobody else is training: starting alone from round {event['from_round']}'s state"
         case "swarm.round.skipped":
-            why = {"too_late": "not done before the commit deadline", "not_stored": "the commit was not stored in time"}
+            why = {
+                "too_late": "not done before the commit deadline",
+                "not_stored": "the commit was not stored in time",
+                "diverged": "the local steps gave values that are not finite (is training.learning_rate too high?)",
+            }
             return f"round {event['round']} is sat out: {why.get(event['reason'], event['reason'])}"
         case "peer.clock.corrected":
             return f"this machine's clock is {abs(event['seconds']):.1f} s off its peers: corrected for this run"

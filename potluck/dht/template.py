@@ -40,12 +40,15 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
         "rounds": {"seconds": 5.0, "steps": 10, "group_size": 16, "exchange_seconds": 1.5},
         "training": {
             "learning_rate": 1.5e-3,
+            "betas": [0.5, 0.95],
+            "schedule": "cosine",
             "warmup_steps": 20,
             "total_steps": 2000,
             "batch_size": 8,
             "precision": "float32",
         },
         "codec": {"name": "int8"},
+        "outer": {"momentum": 0.8, "momentum_warmup_rounds": 10},
     },
     # About 25M parameters: one laptop GPU, or patience.
     "small": {

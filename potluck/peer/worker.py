@@ -403,7 +403,10 @@ class Run:
     async def _watch_clock(self) -> None:
         while True:
             await asyncio.sleep(CLOCK_CHECK_SECONDS)
-            await self._check_clock()
+            try:
+                await self._check_clock()
+            except NetworkError as error:  # the daemon may be restarting
+                self.events.emit("peer.clock.unchecked", error=str(error))
 
     # ---- telling --------------------------------------------------------------------------------------------
 

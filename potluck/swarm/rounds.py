@@ -8,6 +8,7 @@ replica through rounds; everything it decides is in pure functions beside it.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -260,7 +261,11 @@ class GossipReplica:
         if mine.result.steps == 0 or self._now() >= window.commit_by:
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="too_late")
             return
-        blob, contribution = await self._in_thread(self._encode)
+        encoded = await self._in_thread(self._encode)
+        if encoded is None or not math.isfinite(mine.result.loss_before + mine.result.loss_after):
+            self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="diverged")
+            return
+        blob, contribution = encoded
         mine.contribution = contribution
         ref = self._exchange.offer(blob, window.commit_by)
         fragment = None
@@ -291,14 +296,25 @@ class GossipReplica:
             with self._waits.waiting(
                 f"the commit of round {window.round} to be stored", window.commit_by, "the round is sat out"
             ):
-                mine.published = await self._exchange.publish(mine.commit, self._expiry(window), left)
+                mine.published = await self._publish(mine.commit, window, left)
         if not mine.published:
             self._keep_unsent(contribution)
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="not_stored")
 
-    def _encode(self) -> tuple[bytes, Contribution]:
-        blob = self.codec.encode(self.trainer.delta(self._state.theta), self.layout, self.residual)
-        return blob, self.codec.decode(blob, self.layout)
+    async def _publish(self, commit: Commit, window: Window, timeout_seconds: float) -> bool:
+        try:
+            return await self._exchange.publish(commit, self._expiry(window), timeout_seconds)
+        except (NetworkError, ProtocolError) as error:
+            self._emit("swarm.commit.failed", round=window.round, error=str(error))
+            return False
+
+    def _encode(self) -> tuple[bytes, Contribution] | None:
+        """(blob, what others will decode from it); None if training diverged and nobody would take it."""
+        try:
+            blob = self.codec.encode(self.trainer.delta(self._state.theta), self.layout, self.residual)
+            return blob, self.codec.decode(blob, self.layout)
+        except (ValueError, CodecError):
+            return None
 
     def _keep_unsent(self, contribution: Contribution) -> None:
         """What was encoded but never counted goes back into the error feedback."""

@@ -329,6 +329,25 @@ def test_what_was_not_published_stays_in_the_error_feedback() -> None:
     simulate(body, codec="sparse")
 
 
+@pytest.mark.parametrize("codec", ["none", "int8", "sparse"])
+def test_a_peer_whose_training_diverges_sits_out_and_comes_back(codec: str) -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(3)]
+        await swarm.until(31.0)
+        trainer = swarm.replicas[peers[1]].trainer
+        trainer.rate = np.float32(np.nan)  # type: ignore[attr-defined]
+        await swarm.until(49.9)
+        trainer.rate = np.float32(0.1)  # type: ignore[attr-defined]
+        await swarm.until(90.0)
+        skipped = [e for e in swarm.events[peers[1]] if e["event"] == "swarm.round.skipped"]
+        assert skipped and {e["reason"] for e in skipped} == {"diverged"}
+        assert peers[1] not in swarm.applied(peers[0])[4]["group"]
+        assert peers[1] in swarm.applied(peers[0])[7]["group"]
+        assert all(len(swarm.digests(r)) == 1 for r in range(8))
+
+    simulate(body, codec=codec)
+
+
 def test_leaving_lets_the_last_contribution_count() -> None:
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(i) for i in range(3)]

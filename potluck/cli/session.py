@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +92,9 @@ async def _session(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     try:
-        async with Peer.open(home, settings) as peer:
+        async with Peer.open(home, replace(settings, on_event=display.on_event)) as peer:
             run = await open_run(peer)
             with display:
-                run.events.subscribe(display.on_event)
                 display.on_joined(await run.status())
                 async for _ in run.rounds(rounds):
                     pass

@@ -25,6 +25,15 @@ _SCHEME: Final = "potluck:"
 _WRAPPING: Final = " \t\r\n\"'`<>()[]\u200b\u200e\u200f\u2028\ufeff\u00a0“”‘’«»"
 
 
+def is_address(text: str) -> bool:
+    """Whether an invite could name it."""
+    try:
+        _check_address(text)
+    except ManifestError:
+        return False
+    return "/p2p-circuit" not in text
+
+
 @dataclass(frozen=True, slots=True)
 class Invite:
     """A run and addresses (`.../p2p/<peer id>`) of peers that may know it."""

@@ -30,6 +30,7 @@ class ControlServer:
 
     async def __aenter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._path.parent.chmod(0o700)
         if len(os.fsencode(self._path)) > MAX_SOCKET_PATH:
             raise UserError(f"--home: {self._path} is too long for a socket; choose a shorter path")
         self._path.unlink(missing_ok=True)

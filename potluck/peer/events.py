@@ -39,7 +39,7 @@ class EventLog:
             self._file.flush()
             if self._file.tell() > MAX_LOG_BYTES:
                 self._rotate()
-        except OSError:
+        except (OSError, ValueError):
             pass  # a full disk must not stop training; it is reported by what needs the space
         for subscriber in self._subscribers:
             subscriber(event)
@@ -49,5 +49,7 @@ class EventLog:
 
     def _rotate(self) -> None:
         self._file.close()
-        self._path.replace(self._path.with_suffix(".jsonl.1"))
-        self._file = self._path.open("ab")
+        try:
+            self._path.replace(self._path.with_suffix(".jsonl.1"))
+        finally:
+            self._file = self._path.open("ab")

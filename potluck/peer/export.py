@@ -12,6 +12,7 @@ from potluck.dht.manifest import Manifest
 from potluck.errors import StateError, UserError
 from potluck.peer.home import RunFolder
 from potluck.swarm.checkpoints import CheckpointStore
+from potluck.swarm.data import hub_tokenizer
 from potluck.swarm.layout import Layout
 from potluck.swarm.model import build_module
 
@@ -37,9 +38,7 @@ def export_run(folder: RunFolder, directory: Path) -> dict[str, Any]:
         directory.mkdir(parents=True, exist_ok=True)
         module.save_pretrained(directory)  # type: ignore[operator]
         if manifest.data.tokenizer != "bytes":
-            from transformers import AutoTokenizer
-
-            AutoTokenizer.from_pretrained(manifest.data.tokenizer.removeprefix("hf:")).save_pretrained(directory)
+            hub_tokenizer(manifest.data.tokenizer).save_pretrained(directory)
         (directory / "potluck-manifest.json").write_bytes(manifest.to_json())
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
@@ -55,9 +54,7 @@ def generate_text(
     if manifest.data.tokenizer == "bytes":
         ids = torch.tensor([list(prompt.encode() or b"\n")])
     else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(manifest.data.tokenizer.removeprefix("hf:"))
+        tokenizer = hub_tokenizer(manifest.data.tokenizer)
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode():

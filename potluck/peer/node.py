@@ -11,7 +11,7 @@ from typing import Any, Self
 from hivemind.dht.node import DHTNode
 
 from potluck.dht.directory import Directory
-from potluck.dht.invite import Invite
+from potluck.dht.invite import Invite, is_address
 from potluck.dht.manifest import MAX_MANIFEST_BYTES, RunId, SignedManifest
 from potluck.dht.node import add_peers, start_dht, stop_dht
 from potluck.errors import DaemonError, ManifestError, NetworkError, PotluckError, RpcError
@@ -141,7 +141,8 @@ class Node:
                 known = peers
                 if infos:
                     found = [f"{a}/p2p/{i.peer_id.to_base58()}" for i in infos for a in i.addrs]
-                    kept = [a for a in dict.fromkeys(found + self.folder.peers()) if "/p2p-circuit" not in a]
+                    # Strangers of the libp2p world may connect too: what no invite could name is forgotten.
+                    kept = [a for a in dict.fromkeys(found + self.folder.peers()) if is_address(a)]
                     self.folder.save_peers(kept[:MAX_REMEMBERED])
                 else:
                     await self.dial(self.folder.peers())

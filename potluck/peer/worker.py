@@ -14,7 +14,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +24,13 @@ import torch
 
 from potluck import __version__
 from potluck.dht.directory import Directory
-from potluck.dht.invite import Invite
+from potluck.dht.invite import Invite, is_address
 from potluck.dht.manifest import Manifest, RunId, SignedManifest
 from potluck.dht.manifest import sign as sign_manifest
 from potluck.dht.records import Replica
 from potluck.dht.shards import shard_of
 from potluck.dht.template import load_toml
-from potluck.errors import IdentityError, ManifestError, NetworkError, PotluckError, StateError, UserError
+from potluck.errors import ClockError, IdentityError, ManifestError, NetworkError, PotluckError, StateError, UserError
 from potluck.net.blobs import BlobId, BlobRef, fetch
 from potluck.net.identity import Identity
 from potluck.peer.build import MODULE, Parts, build, initial_state, outer_of, rules_of, same_draft
@@ -63,6 +63,7 @@ class PeerSettings:
     threads: int | None = None
     data: str | None = None
     keep_checkpoints: int = 3
+    on_event: Callable[[dict[str, Any]], None] | None = None
     network: NetworkSettings = field(default_factory=NetworkSettings)
 
 
@@ -132,6 +133,8 @@ class Run:
         self.clock = RunClock()
         self.waits = WaitBoard(self.clock.now)
         self.events = EventLog(folder.events_path, peer=self.identity.peer_id, name=self.settings.name)
+        if self.settings.on_event:
+            self.events.subscribe(self.settings.on_event)
         self.phase = "starting"
         self.replica: GossipReplica | None = None
         relays = invite.peers if invite else ()
@@ -143,6 +146,7 @@ class Run:
         self._reports: asyncio.Queue[RoundReport | None] = asyncio.Queue()
         self._rounds_left: int | None = None
         self._progress = 0
+        self._training: asyncio.Task[ReplicaState] | None = None
         self._parts: Parts | None = None
         self._directory: Directory | None = None
         self._checkpoints: CheckpointStore | None = None
@@ -261,11 +265,11 @@ class Run:
             asyncio.create_task(self.node.until_daemon_fails()),
             asyncio.create_task(self._until_fatal()),
         ]
-        training = asyncio.create_task(self.replica.run(start))
+        training = self._training = asyncio.create_task(self.replica.run(start))
         try:
             await asyncio.wait([training, *care], return_when=asyncio.FIRST_COMPLETED)
             for task in (*care, training):
-                if task.done():
+                if task.done() and not task.cancelled():
                     await task
         finally:
             self.replica.stop()
@@ -294,6 +298,9 @@ class Run:
         """Leave at once (Ctrl-C): the round in progress is given up, the last checkpoint stays."""
         if self.replica:
             self.replica.stop()
+        if self._training:
+            # A step or a fetch under way gets a second to end by itself.
+            asyncio.get_running_loop().call_later(1.0, self._training.cancel)
 
     async def _starting_state(self, parts: Parts) -> ReplicaState:
         """The newest checkpoint, else theta_0: built from the seed, or downloaded where the seed gives other bits."""
@@ -405,7 +412,8 @@ class Run:
             await asyncio.sleep(CLOCK_CHECK_SECONDS)
             try:
                 await self._check_clock()
-            except NetworkError as error:  # the daemon may be restarting
+            except (NetworkError, ClockError) as error:
+                # The daemon may be restarting, and strangers may lie: only at joining does a wrong clock refuse.
                 self.events.emit("peer.clock.unchecked", error=str(error))
 
     # ---- telling --------------------------------------------------------------------------------------------
@@ -423,7 +431,7 @@ class Run:
         """A fresh invite: this peer first, then others that it knows."""
         own = await self.node.addresses()
         others = [a for a in self.folder.peers() if not a.endswith(self.identity.peer_id)]
-        return Invite(self.run_id, tuple(dict.fromkeys([*own[:2], *others[:3]])))
+        return Invite(self.run_id, tuple(filter(is_address, dict.fromkeys([*own[:2], *others[:3]]))))
 
     async def status(self) -> dict[str, Any]:
         replica, last = self.replica, self.replica.last if self.replica else None

@@ -2,12 +2,13 @@
 
 The same set of contributions gives the same bits on every peer: contributions are taken in peer-id order, and only
 elementwise float32 operations and the exact reductions of `exact.py` are used.
-Clipping: each tensor of each contribution is scaled by min(1, median norm / norm), the median taken over the group
+Clipping: each tensor of each contribution is scaled by min(1, median norm / norm), with the lower median of the group
 (Gauntlet / SparseLoCo; `rounds.md` step 5).
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,12 +49,13 @@ def token_weights(tokens: Mapping[PeerId, int], ledger: Mapping[PeerId, float] |
     """
     if not tokens:
         return {}
-    cap = MAX_TOKENS_OF_MEDIAN * statistics.median(tokens.values())
+    # The lower median: of two, the mean would let the larger one set its own limit.
+    cap = MAX_TOKENS_OF_MEDIAN * statistics.median_low(tokens.values())
     raw = {
         peer: min(count, cap) * (1.0 if ledger is None else ledger.get(peer, 0.0))
         for peer, count in sorted(tokens.items())
     }
-    total = sum(raw.values())
+    total = math.fsum(raw.values())
     return {peer: (value / total if total > 0 else 0.0) for peer, value in raw.items()}
 
 
@@ -89,7 +91,7 @@ def _clip_factors(contributions: Sequence[Contribution], layout: Layout, clip: b
     if not clip or len(contributions) < 2:
         return [[one] * len(layout.slots) for _ in contributions]
     norms = [[norm(values) for _, values, _ in _by_tensor(c, layout)] for c in contributions]
-    medians = [statistics.median(column) for column in zip(*norms, strict=True)]
+    medians = [statistics.median_low(column) for column in zip(*norms, strict=True)]
     return [[np.float32(m / n) if n > m else one for n, m in zip(row, medians, strict=True)] for row in norms]
 
 

@@ -30,13 +30,19 @@ class Agreement:
 
 def agreement(claims: Iterable[Claim]) -> Agreement | None:
     """The plurality; ties go to the longer history (a newcomer never outvotes a trained model), then by digest."""
-    by_state: dict[tuple[str, int], list[PeerId]] = defaultdict(list)
+    by_digest: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
-        by_state[claim.digest, claim.history].append(claim.peer)
-    if not by_state:
+        by_digest[claim.digest].append(claim)
+    if not by_digest:
         return None
-    (digest, history), holders = max(by_state.items(), key=lambda item: (len(item[1]), item[0][1], item[0][0]))
-    return Agreement(digest, history, tuple(sorted(holders)), unanimous=len(by_state) == 1)
+
+    def rank(digest: str) -> tuple[int, int, str]:
+        # The least history that its holders claim: one who exaggerates cannot split or lift a state.
+        return len(by_digest[digest]), min(claim.history for claim in by_digest[digest]), digest
+
+    digest = max(by_digest, key=rank)
+    holders = tuple(sorted(claim.peer for claim in by_digest[digest]))
+    return Agreement(digest, rank(digest)[1], holders, unanimous=len(by_digest) == 1)
 
 
 def network_at_fault(group: Sequence[PeerId], missing: Mapping[PeerId, str]) -> bool:

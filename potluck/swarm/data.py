@@ -92,6 +92,7 @@ def load_corpus(spec: DataSpec, override: str | None = None, own_manifest: bool 
     source = override or spec.source
     if not (override or own_manifest):
         _refuse_local_files(source)
+        _refuse_local_files(spec.tokenizer)
     train: list[np.ndarray] = []
     held_out: list[np.ndarray] = []
     tokenize = _tokenizer(spec.tokenizer)
@@ -106,11 +107,6 @@ def load_corpus(spec: DataSpec, override: str | None = None, own_manifest: bool 
     if corpus.train.size < need or corpus.held_out.size < need:
         raise UserError(f"data.source {source!r} holds too little text for sequences of {spec.sequence_length} tokens")
     return corpus
-
-
-def vocabulary_size(tokenizer: str) -> int:
-    """Smallest vocab_size a model needs for this tokenizer."""
-    return 256 if tokenizer == "bytes" else len(_hub_tokenizer(tokenizer))
 
 
 def _refuse_local_files(source: str) -> None:
@@ -181,7 +177,7 @@ def _join(parts: list[np.ndarray]) -> np.ndarray:
 def _tokenizer(name: str) -> Any:
     if name == "bytes":
         return lambda text: np.frombuffer(text, dtype=np.uint8)
-    hub = _hub_tokenizer(name)
+    hub = hub_tokenizer(name)
     end = [] if hub.eos_token_id is None else [hub.eos_token_id]
 
     def tokenize(text: bytes) -> np.ndarray:
@@ -191,7 +187,7 @@ def _tokenizer(name: str) -> Any:
     return tokenize
 
 
-def _hub_tokenizer(name: str) -> Any:
+def hub_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     where = name.removeprefix("hf:")

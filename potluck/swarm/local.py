@@ -110,6 +110,10 @@ class LocalTrainer:
         self.halvings = 0
         self._loss = loss
 
+    def forget(self) -> None:
+        """Drop the inner optimizer's moments: after values that are not finite they would poison every later step."""
+        self.optimizer.state.clear()
+
     def load(self, theta: Flat) -> None:
         """Start from the round's base parameters. The inner optimizer's moments stay (as in DiLoCo)."""
         self.layout.scatter(theta, self.module)

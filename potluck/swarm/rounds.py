@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from potluck.errors import (
     BlobUnavailable,
     CodecError,
     NetworkError,
+    PotluckError,
     ProtocolError,
     StateError,
 )
@@ -62,6 +64,7 @@ class Trainer(Protocol):
     ) -> LocalResult: ...
     def delta(self, theta: Flat) -> Flat: ...
     def evaluate(self, tokens: torch.Tensor) -> float: ...
+    def forget(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ class GossipReplica:
         self._stop, self._finish = asyncio.Event(), asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._out_of_sync = False
+        self._published: deque[int] = deque(maxlen=2 * rules.retain)
 
     # ---- the life of a replica ------------------------------------------------------------------------------
 
@@ -200,7 +204,9 @@ class GossipReplica:
             await self._sleep_until(
                 clock.window(Round(state.round - 1)).end, f"round {state.round} to begin", "training begins"
             )
-        while current > self._state.round or self._out_of_sync:
+        tried = False
+        while not self._finish.is_set() and (current > self._state.round or (self._out_of_sync and not tried)):
+            tried = True
             await self._catch_up(Round(current))
             current = clock.round_at(self._now())
         window = clock.window(self._state.round)
@@ -263,6 +269,9 @@ class GossipReplica:
             return
         encoded = await self._in_thread(self._encode)
         if encoded is None or not math.isfinite(mine.result.loss_before + mine.result.loss_after):
+            if encoded is not None:
+                self._keep_unsent(encoded[1])
+            self.trainer.forget()
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="diverged")
             return
         blob, contribution = encoded
@@ -297,7 +306,9 @@ class GossipReplica:
                 f"the commit of round {window.round} to be stored", window.commit_by, "the round is sat out"
             ):
                 mine.published = await self._publish(mine.commit, window, left)
-        if not mine.published:
+        if mine.published:
+            self._published.append(window.round)
+        else:
             self._keep_unsent(contribution)
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="not_stored")
 
@@ -361,7 +372,9 @@ class GossipReplica:
         """Commits stamped after the deadline count for nobody, and a commit of ours must be one that we published."""
         commit = signed.record
         late = commit.committed_at > self.rules.clock.window(round_).commit_by
-        return not late and commit.tokens > 0 and (signed.peer != self.peer or commit.session == self._session)
+        # Our own node also holds commits of ours that nobody else does: those count for nobody.
+        ours = signed.peer == self.peer
+        return not late and commit.tokens > 0 and (not ours or commit.round in self._published)
 
     async def _pull_one(
         self, peer: PeerId, commit: Commit, members: tuple[PeerId, ...], pull_by: float, view: _View
@@ -377,7 +390,7 @@ class GossipReplica:
             view.contributions[peer] = await self._in_thread(self.codec.decode, blob, self.layout)
             view.missing.pop(peer, None)
             await self._pull_fragment(peer, commit, holders, pull_by, view)
-        except (NetworkError, ProtocolError) as error:
+        except PotluckError as error:  # a full disk, too: others decide how much there is to store
             view.missing[peer] = f"{type(error).__name__}: {error}"
 
     async def _pull_fragment(
@@ -497,7 +510,9 @@ class GossipReplica:
         if missed > self.rules.retain or self._out_of_sync:
             self._emit("swarm.round.missed", rounds=missed, out_of_sync=self._out_of_sync)
             if not await self._load_group("the group went on without this peer"):
-                await self._become(self._state.at_round(current))
+                # Nobody can give that state: our own is the best there is.
+                self._out_of_sync = False
+                await self._become(self._state.at_round(Round(max(current, self._state.round))))
         else:
             await self._replay(current)
 
@@ -535,7 +550,7 @@ class GossipReplica:
     async def _fetch_state(self, agreed: Agreement, round_: Round, deadline: float) -> ReplicaState | None:
         """The state that `round_` began with, from several of its holders, checked against its digest.
 
-        None if nobody could give it, or if it says another round or history than the commits that named it.
+        None if nobody could give it, or if it says another round than the commits that named it.
         """
         has_velocity = self._state.velocity is not None
         size = state_bytes(self.layout, has_velocity)
@@ -552,7 +567,7 @@ class GossipReplica:
                     BlobRef(BlobId(agreed.digest), size), holders, size, max(0.1, deadline - self._now())
                 )
                 state = await self._in_thread(parse_state, blob, self.module, self.layout, has_velocity)
-                if (state.round, state.history) != (round_, agreed.history):
+                if state.round != round_:  # the digest vouches for the rest
                     raise StateError(f"the state is of round {state.round}, not {round_}")
             except (NetworkError, ProtocolError, StateError) as error:
                 self._emit("swarm.state.failed", error=str(error))

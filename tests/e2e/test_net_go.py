@@ -207,7 +207,7 @@ def test_port_in_use_is_named(short_dir: Path) -> None:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = taken.getsockname()[1]
-            with pytest.raises(NetworkError, match=f"port {port} is in use.*--port"):
+            with pytest.raises(NetworkError, match=f"port {port} is in use.*--listen"):
                 async with hosts(short_dir, "a", listen=[f"/ip4/127.0.0.1/tcp/{port}"]):
                     pass
 

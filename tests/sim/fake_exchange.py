@@ -30,6 +30,7 @@ class Faults:
 class World:
     now: float = 0.0
     commits: dict[tuple[str, int, int], dict[PeerId, Signed[Commit]]] = field(default_factory=dict)
+    own: dict[tuple[str, int, int], dict[PeerId, Signed[Commit]]] = field(default_factory=dict)
     blobs: dict[str, dict[PeerId, tuple[bytes, float]]] = field(default_factory=dict)
     faults: dict[PeerId, Faults] = field(default_factory=dict)
 
@@ -49,15 +50,19 @@ class FakeExchange:
 
     async def publish(self, commit: Commit, expires_at: float, timeout_seconds: float) -> bool:
         await asyncio.sleep(self.faults.latency_seconds)
-        if self.faults.cannot_publish or self.faults.down:
-            return False
         key = (commit.module, commit.round, commit.shard)
+        if self.faults.cannot_publish or self.faults.down:
+            # As the real directory: one's own node holds it all the same.
+            self.world.own.setdefault(key, {})[self.peer] = Signed(commit, self.peer, expires_at)
+            return False
         self.world.commits.setdefault(key, {})[self.peer] = Signed(commit, self.peer, expires_at)
         return True
 
     async def commits(self, module: str, round_: Round, shard: int, timeout_seconds: float) -> list[Signed[Commit]]:
         await asyncio.sleep(self.faults.latency_seconds)
-        found = self.world.commits.get((module, round_, shard), {})
+        key = (module, round_, shard)
+        own = {p: s for p, s in self.world.own.get(key, {}).items() if p == self.peer}
+        found = {**self.world.commits.get(key, {}), **own}
         return [s for p, s in sorted(found.items()) if p == self.peer or not (self.faults.blind or self.faults.down)]
 
     def offer(self, blob: bytes, reveal_at: float) -> BlobRef:

@@ -63,6 +63,9 @@ class Quadratic:
             steps += 1
         return LocalResult(steps, 100 * steps, 1.0, 0.5, 0.0)
 
+    def forget(self) -> None:
+        pass
+
     def delta(self, theta: Flat) -> Flat:
         return theta - self.theta
 
@@ -346,6 +349,26 @@ def test_a_peer_whose_training_diverges_sits_out_and_comes_back(codec: str) -> N
         assert all(len(swarm.digests(r)) == 1 for r in range(8))
 
     simulate(body, codec=codec)
+
+
+def test_when_the_odd_majority_vanishes_training_goes_on_and_can_be_left() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(2)]
+        await swarm.until(48.6)
+        key = (MODULE, 4, 0)
+        signed = swarm.world.commits[key][peers[1]]
+        lie = {**asdict(signed.record), "digest": "f" * 64, "history": 2**40}
+        swarm.world.commits[key][peers[1]] = replace(signed, record=type(signed.record)(**lie))
+        swarm.crash(peers[1])
+        await swarm.until(400.0)
+        rounds = swarm.applied(peers[0])
+        assert max(rounds) >= 36 and rounds[max(rounds)]["alone"]
+        assert len(swarm.events[peers[0]]) < 1000
+        swarm.replicas[peers[0]].finish()
+        await swarm.until(430.0)
+        assert swarm.tasks[peers[0]].done()
+
+    simulate(body)
 
 
 def test_leaving_lets_the_last_contribution_count() -> None:

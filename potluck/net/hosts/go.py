@@ -32,7 +32,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from potluck.errors import DaemonError, NetworkError, UserError
+from potluck.errors import DaemonError, NetworkError, PotluckError, UserError
 from potluck.net.host import PeerId, StreamHandler
 from potluck.net.identity import Identity
 
@@ -214,7 +214,13 @@ class GoHost:
         return maddrs
 
     async def list_peers(self) -> Sequence[Any]:
-        peers: Sequence[Any] = await (await self._attached()).list_peers()
+        try:
+            async with asyncio.timeout(10):
+                peers: Sequence[Any] = await (await self._attached()).list_peers()
+        except PotluckError:
+            raise
+        except Exception as error:  # hivemind's client has many: the daemon is gone or does not answer
+            raise DaemonError(f"the libp2p daemon does not list its peers: {error!r}") from error
         for peer in peers:
             self._remember(peer.peer_id.to_base58(), tuple(str(addr) for addr in peer.addrs))
         return peers
@@ -380,7 +386,7 @@ class GoHost:
         if listen != self._settings.listen and _busy_port(listen) is not None:
             listen = self._settings.listen  # somebody took our ephemeral port meanwhile: take another
         if (busy := _busy_port(listen)) is not None:
-            raise NetworkError(f"port {busy} is in use: stop what uses it, or listen on another with --port")
+            raise NetworkError(f"port {busy} is in use: stop what uses it, or listen on another with --listen")
         self._log_tail.clear()
         self._remove_sockets()
         parent = os.getpid()
@@ -474,7 +480,7 @@ class GoHost:
                 try:
                     await self._launch()
                     break
-                except (NetworkError, OSError, EOFError) as error:
+                except Exception as error:  # whatever it was, this task is what brings the daemon back
                     quick_deaths += 1
                     log.warning("net.daemon.restart_failed error=%s", error)
                     await self._end_child()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_the_mean_is_the_float64_mean_with_median_norm_clipping() -> None:
     wanted = np.zeros(LAYOUT.size)
     for slot in LAYOUT.slots:
         norms = {p: np.linalg.norm(contributions[p].values[slot.range].astype(np.float64)) for p in PEERS}
-        middle = np.median(list(norms.values()))
+        middle = statistics.median_low(norms.values())
         for p in PEERS:
             factor = min(1.0, middle / norms[p])
             wanted[slot.range] += weights[p] * factor * contributions[p].values[slot.range].astype(np.float64)
@@ -82,7 +83,7 @@ def test_token_weights_sum_to_one_and_are_capped_at_twice_the_median(tokens: dic
     assert set(weights) == set(tokens)
     total = sum(weights.values())
     assert math.isclose(total, 1.0, rel_tol=1e-9) or total == 0.0
-    middle = float(np.median(list(tokens.values())))
+    middle = statistics.median_low(tokens.values())
     positive = [w / min(n, 2 * middle) for p, n in tokens.items() if (w := weights[p]) > 0]
     assert not positive or max(positive) <= min(positive) * (1 + 1e-9)
 
@@ -137,6 +138,7 @@ def test_plurality_wins_ties_go_to_the_longer_history_then_the_digest() -> None:
     assert of(("z", 0), ("b", 9)) == "b"
     assert of(("a", 3), ("b", 3)) == "b"
     assert agreement([]) is None
+    assert of(("a", 3), ("a", 2**40), ("b", 9), ("b", 9)) == "b"  # who exaggerates lifts nothing
     unanimous = agreement([Claim(PEERS[0], "a", 1), Claim(PEERS[1], "a", 1)])
     assert unanimous and unanimous.unanimous and unanimous.holders == tuple(PEERS[:2])
 
@@ -182,3 +184,10 @@ def test_layout_is_in_name_order_whatever_order_it_was_given() -> None:
     random.Random(0).shuffle(shuffled)
     assert Layout.of(pairs) == Layout.of(shuffled)
     assert Layout.of(pairs).digest == Layout.of(shuffled).digest != Layout.of(pairs[:-1]).digest
+
+
+def test_of_two_peers_the_larger_cannot_set_its_own_limits() -> None:
+    weights = token_weights({PEERS[0]: 100, PEERS[1]: 2**40})
+    assert weights[PEERS[0]] >= 0.3
+    update = aggregate({PEERS[0]: some(0, 1e-3), PEERS[1]: some(1, 1e4)}, weights, LAYOUT)
+    assert norm(update) < 3 * norm(some(0, 1e-3).values)

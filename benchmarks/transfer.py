@@ -36,7 +36,8 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from potluck.net.blobs import BlobId, BlobRef, BlobService, BlobStore, ChunkList, fetch
+from potluck.net.blobs import BlobId, BlobRef, BlobService, BlobStore, ChunkList
+from potluck.net.fetch import fetch
 from potluck.net.host import PeerId
 from potluck.net.hosts.go import GoHost
 from potluck.net.identity import Identity

@@ -1,4 +1,4 @@
-"""Content-addressed blobs: named by hash, fetched in verified chunks from any peers that hold them.
+"""Content-addressed blobs: named by hash, stored up to a quota, served in chunks (`fetch.py` gets them).
 
     blob id = BLAKE3("potluck.blob.1" | u64 size | u32 chunk bytes | BLAKE3 of each chunk)     (big-endian)
 
@@ -21,10 +21,10 @@ import secrets
 import struct
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NewType
 
@@ -32,18 +32,14 @@ import msgspec
 from blake3 import blake3
 
 from potluck.errors import (
-    BlobError,
-    BlobUnavailable,
     NetworkError,
     PotluckError,
     ProtocolError,
-    RpcRefused,
-    RpcRemoteError,
     StateError,
     UserError,
 )
 from potluck.net.host import PeerId
-from potluck.net.rpc import Reply, Rpc, short
+from potluck.net.rpc import Reply, Rpc
 from potluck.net.wire import Buffer
 
 log = logging.getLogger(__name__)
@@ -52,7 +48,7 @@ log = logging.getLogger(__name__)
 BlobId = NewType("BlobId", str)
 
 CHUNK_BYTES = 1 << 20
-_DIGEST_BYTES = 32
+DIGEST_BYTES = 32
 _ID_PREFIX = b"potluck.blob.1"
 _ID_HEADER = struct.Struct(">QI")
 #: From this size on hashing is worth threads.
@@ -108,7 +104,7 @@ class ChunkList:
         return BlobRef(self.blob_id, self.size)
 
     def digest(self, index: int) -> bytes:
-        return self.digests[index * _DIGEST_BYTES : (index + 1) * _DIGEST_BYTES]
+        return self.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
 
     @classmethod
     def of(cls, buffers: Sequence[Any]) -> ChunkList:
@@ -183,6 +179,9 @@ class BlobStore:
         self.quota_bytes = quota_bytes
         self._clock = clock
         self._lock = threading.RLock()
+        #: Writers take turns; readers and servers never wait for their disk.
+        self._writing = threading.Lock()
+        self._being_written = 0
         self._metas: OrderedDict[BlobId, _Meta] = OrderedDict()  # oldest first
         self._partial: dict[BlobId, int] = {}  # sizes; oldest first
         self._receiving: set[BlobId] = set()
@@ -235,7 +234,8 @@ class BlobStore:
     def used_bytes(self) -> int:
         """On disk, unfinished fetches included."""
         with self._lock:
-            return sum(meta.size for meta in self._metas.values()) + sum(self._partial.values())
+            complete = sum(meta.size for meta in self._metas.values())
+            return complete + sum(self._partial.values()) + self._being_written
 
     def has(self, blob_id: BlobId) -> bool:
         with self._lock:
@@ -309,24 +309,33 @@ class BlobStore:
         view = bytes_view(data)
         chunks = ChunkList.of([view])
         blob_id = chunks.blob_id
-        with self._lock:
-            known = self._metas.get(blob_id)
-            if known is not None:
-                if pin and not known.pinned:
-                    self.pin(blob_id)
-                return chunks.ref
-            self._make_room(len(view), keep=blob_id)
+        with self._writing:
+            with self._lock:
+                known = self._metas.get(blob_id)
+                if known is not None:
+                    if pin and not known.pinned:
+                        self.pin(blob_id)
+                    return chunks.ref
+                self._make_room(len(view), keep=blob_id)
+                self._being_written = len(view)
             meta = _Meta(chunks.size, chunks.digests, reveal_at, pin)
             try:
-                self._write(self._path(blob_id, "meta"), msgspec.msgpack.encode(meta), sync)
                 self._write(self._path(blob_id, "blob"), view, sync)
+                with self._lock:
+                    self._write(self._path(blob_id, "meta"), msgspec.msgpack.encode(meta), sync)
+                    # A fetch of the same that goes on keeps its file, and finds the blob here when it ends.
+                    self._partial.pop(blob_id, None)
+                    self._path(blob_id, "part").unlink(missing_ok=True)
+                    self._metas[blob_id] = meta
             except BaseException:
-                self._unlink(blob_id)
+                with self._lock:
+                    if blob_id in self._partial:
+                        self._path(blob_id, "blob").unlink(missing_ok=True)
+                    else:
+                        self._unlink(blob_id)
                 raise
-            # A fetch of the same that goes on keeps its file, and finds the blob here when it ends.
-            self._partial.pop(blob_id, None)
-            self._path(blob_id, "part").unlink(missing_ok=True)
-            self._metas[blob_id] = meta
+            finally:
+                self._being_written = 0
             return chunks.ref
 
     def pin(self, blob_id: BlobId) -> None:
@@ -352,6 +361,19 @@ class BlobStore:
             self._partial.pop(blob_id, None)
             self._maps.pop(blob_id, None)
             self._unlink(blob_id)
+
+    def remove_older(self, seconds: float) -> None:
+        """Remove unpinned blobs, whole or not, last written before that: what an earlier session left behind."""
+        before = time.time() - seconds
+        with self._lock:
+            unpinned = [blob_id for blob_id, meta in self._metas.items() if not meta.pinned]
+            for blob_id, suffix in [(b, "blob") for b in unpinned] + [(b, "part") for b in self._partial]:
+                try:
+                    old = self._path(blob_id, suffix).stat().st_mtime < before
+                except OSError:
+                    old = True
+                if old and blob_id not in self._receiving:
+                    self.remove(blob_id)
 
     def evict(self) -> list[BlobId]:
         """Remove interrupted fetches, then the oldest unpinned blobs, until the quota holds; says which."""
@@ -558,358 +580,3 @@ class _Pacer:
     def _pay(self, count: int) -> None:
         now = asyncio.get_running_loop().time()
         self._paid_until = max(self._paid_until, now - 1.0) + count / self._rate
-
-
-# --- fetching
-
-
-@dataclass
-class FetchReport:
-    """What happened during a fetch, also when it failed."""
-
-    bytes_by_holder: dict[PeerId, int] = field(default_factory=dict)
-    resumed_bytes: int = 0
-    """Found on disk from an earlier, interrupted fetch."""
-    retries: int = 0
-    """Requests that failed and were made again."""
-    liars: list[PeerId] = field(default_factory=list)
-    """Holders that sent bytes which are not what the id commits to."""
-    reasons: dict[PeerId, str] = field(default_factory=dict)
-    """The last failure of each holder that had one."""
-
-
-#: (bytes done, bytes in total)
-OnProgress = Callable[[int, int], None]
-
-#: A holder whose stream breaks, or whose handler fails, this often in a row is given up.
-_MAX_FAILURES = 4
-_MIN_BACKOFF_SECONDS = 0.1
-_MAX_BACKOFF_SECONDS = 1.0
-#: Near the end, a chunk that takes this many times longer than the others is asked of an idle holder too.
-_SLOW_FACTOR = 3.0
-_SLOW_MIN_SECONDS = 0.25
-_SLOW_FIRST_SECONDS = 1.0
-#: A request for the chunk list goes by this index.
-_LIST = -1
-
-
-async def fetch(
-    rpc: Rpc,
-    ref: BlobRef,
-    holders: Sequence[PeerId],
-    *,
-    timeout_seconds: float,
-    max_bytes: int,
-    store: BlobStore | None = None,
-    into: memoryview | None = None,
-    on_progress: OnProgress | None = None,
-    window: int = 4,
-    report: FetchReport | None = None,
-) -> memoryview:
-    """The blob's bytes, every chunk verified, from all holders in parallel (`window` requests each).
-
-    With `store` the chunks are kept on disk as they come, so that a later fetch resumes, and the blob is in
-    the store afterwards. `into` (exactly `ref.size` bytes) receives the data. `report` is filled in, also when
-    the fetch fails. Raises BlobError if `ref.size` exceeds `max_bytes`; BlobUnavailable, with each holder's
-    reason, if nobody delivers in time; UserError if the store is full. A retry is safe, and resumes with
-    `store`.
-    """
-    if not 0 <= ref.size <= max_bytes:
-        raise BlobError(f"blob {ref.id[:12]} has {ref.size} bytes; at most {max_bytes} are expected here")
-    if into is not None and len(into) != ref.size:
-        raise ValueError(f"a buffer of {len(into)} bytes for a blob of {ref.size}")
-    if store is not None and store.has(ref.id):
-        return _deliver(store.open(ref.id), into)
-    if ref.size == 0:
-        if ChunkList(0, b"").blob_id != ref.id:
-            raise BlobError(f"blob {ref.id[:12]} is not empty")
-        return memoryview(b"")
-    job = _Fetch(rpc, ref, holders, timeout_seconds, window, on_progress, report or FetchReport())
-    try:
-        if ref.size <= CHUNK_BYTES:
-            data = into if into is not None else memoryview(bytearray(ref.size))
-            await job.receive([0], data)
-            if store is not None:
-                store.put(data)
-            return data
-        if (chunks := store.partial_chunks(ref.id) if store is not None else None) is None:
-            await job.receive([_LIST], memoryview(b""))
-            chunks = job.chunks
-        assert chunks is not None
-        job.chunks = chunks
-        target = store.begin_partial(chunks) if store is not None else None
-        if store is None or target is None:
-            data = into if into is not None else memoryview(bytearray(ref.size))
-            await job.receive(range(chunk_count(ref.size)), data)
-            return data
-        try:
-            missing = await asyncio.to_thread(_missing_chunks, chunks, target)
-            job.resumed(missing)
-            await job.receive(missing, target)
-            return _deliver(store.finish_partial(ref.id), into)
-        finally:
-            store.pause_partial(ref.id)
-    finally:
-        await job.cancel(list(job.requests))
-
-
-def _deliver(data: memoryview, into: memoryview | None) -> memoryview:
-    if into is None:
-        return data
-    into[:] = data
-    return into
-
-
-def _missing_chunks(chunks: ChunkList, data: memoryview) -> list[int]:
-    """By hash, not by a record of what was received: after a power failure only the bytes count."""
-    found = ChunkList.of([data])
-    return [index for index in range(chunk_count(chunks.size)) if found.digest(index) != chunks.digest(index)]
-
-
-class _Holder:
-    def __init__(self, peer: PeerId) -> None:
-        self.peer = peer
-        self.in_flight = 0
-        self.failures = 0  # in a row
-        self.backoff_seconds = _MIN_BACKOFF_SECONDS
-        self.retry_at = 0.0
-        self.dropped = False
-
-
-@dataclass(eq=False)
-class _Request:
-    holder: _Holder
-    index: int
-    buffer: memoryview
-    direct: bool
-    """Whether `buffer` is the chunk's final place. Only one request at a time may write there."""
-    started_at: float
-
-
-class _Fetch:
-    """One fetch. A single loop decides who is asked for what; requests only carry bytes and check hashes."""
-
-    def __init__(
-        self,
-        rpc: Rpc,
-        ref: BlobRef,
-        holders: Sequence[PeerId],
-        timeout_seconds: float,
-        window: int,
-        on_progress: OnProgress | None,
-        report: FetchReport,
-    ) -> None:
-        self.chunks: ChunkList | None = None
-        self.requests: dict[asyncio.Task[int], _Request] = {}
-        self._rpc = rpc
-        self._ref = ref
-        self._holders = [_Holder(peer) for peer in dict.fromkeys(holders)]
-        self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.time() + timeout_seconds
-        self._window = window
-        self._on_progress = on_progress
-        self._report = report
-        self._target = memoryview(b"")
-        self._waiting: deque[int] = deque()
-        self._missing: set[int] = set()
-        self._done_bytes = 0
-        self._answers = 0
-        self._answer_seconds = 0.0
-
-    def resumed(self, missing: Sequence[int]) -> None:
-        size = self._ref.size
-        self._done_bytes = size - sum(_span_length(size, index) for index in missing)
-        self._report.resumed_bytes = self._done_bytes
-
-    async def receive(self, indexes: Sequence[int], target: memoryview) -> None:
-        """Until all of `indexes` are in `target`. Raises BlobUnavailable."""
-        self._target = target
-        self._waiting = deque(indexes)
-        self._missing = set(indexes)
-        while self._missing:
-            now = self._loop.time()
-            self._ask(now)
-            if now >= self._deadline:
-                raise self._unavailable("before the deadline")
-            if not self.requests and all(holder.dropped for holder in self._holders):
-                raise self._unavailable("any more")
-            wake_at = self._wake_at(now)
-            if not self.requests:
-                await asyncio.sleep(wake_at - now)
-                continue
-            done, _ = await asyncio.wait(self.requests, timeout=wake_at - now, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                await self._settle(task)
-
-    async def cancel(self, tasks: list[asyncio.Task[int]]) -> None:
-        """When this returns, none of them writes into its buffer any more."""
-        for task in tasks:
-            self.requests.pop(task).holder.in_flight -= 1
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    # --- deciding
-
-    def _ask(self, now: float) -> None:
-        """Give every holder with room something to do, one request at a time, so that the start is even."""
-        while True:
-            usable = [
-                holder
-                for holder in self._holders
-                if not holder.dropped and holder.retry_at <= now and holder.in_flight < self._window
-            ]
-            asked = False
-            for holder in sorted(usable, key=lambda each: each.in_flight):
-                index = self._waiting.popleft() if self._waiting else self._slow_index(holder, now)
-                if index is not None:
-                    self._begin(holder, index, now)
-                    asked = True
-            if not asked:
-                return
-
-    def _slow_index(self, holder: _Holder, now: float) -> int | None:
-        """The endgame: what an idle holder could deliver before the one that was asked."""
-        if holder.in_flight:
-            return None
-        patience = self._patience_seconds()
-        asked: dict[int, list[_Request]] = {}
-        for request in self.requests.values():
-            asked.setdefault(request.index, []).append(request)
-        for index, requests in asked.items():
-            if len(requests) == 1 and now - requests[0].started_at >= patience:
-                return index
-        return None
-
-    def _patience_seconds(self) -> float:
-        if not self._answers:
-            return _SLOW_FIRST_SECONDS
-        return max(_SLOW_MIN_SECONDS, _SLOW_FACTOR * self._answer_seconds / self._answers)
-
-    def _wake_at(self, now: float) -> float:
-        """When something can be decided though no request has ended."""
-        times = [self._deadline]
-        for holder in self._holders:
-            if not holder.dropped and holder.retry_at > now:
-                times.append(holder.retry_at)
-            elif not holder.dropped and not holder.in_flight and self.requests:
-                times.append(now + _SLOW_MIN_SECONDS)
-        return max(now, min(times))
-
-    # --- one request
-
-    def _begin(self, holder: _Holder, index: int, now: float) -> None:
-        direct = not any(each.index == index and each.direct for each in self.requests.values())
-        buffer = memoryview(b"")
-        if index != _LIST:
-            span = chunk_span(self._ref.size, index)
-            buffer = self._target[span] if direct else memoryview(bytearray(span.stop - span.start))
-        request = _Request(holder, index, buffer, direct, now)
-        task = self._loop.create_task(self._get_list(request) if index == _LIST else self._get_chunk(request))
-        self.requests[task] = request
-        holder.in_flight += 1
-
-    async def _get_list(self, request: _Request) -> int:
-        reply = await self._rpc.call(
-            request.holder.peer,
-            "blob.list",
-            {"id": self._ref.id},
-            timeout_seconds=self._deadline - self._loop.time(),
-            max_response_bytes=chunk_count(self._ref.size) * _DIGEST_BYTES,
-            lane="bulk",
-        )
-        chunks = ChunkList(self._ref.size, bytes(reply.body))
-        if chunks.blob_id != self._ref.id:
-            raise BlobError("sent a chunk list that does not have this id")
-        self.chunks = chunks
-        return len(reply.body)
-
-    async def _get_chunk(self, request: _Request) -> int:
-        reply = await self._rpc.call(
-            request.holder.peer,
-            "blob.get",
-            {"id": self._ref.id, "index": request.index},
-            timeout_seconds=self._deadline - self._loop.time(),
-            lane="bulk",
-            into=request.buffer,
-        )
-        if len(reply.body) != len(request.buffer):
-            raise BlobError(f"sent {len(reply.body)} bytes for chunk {request.index}")
-        # Here and not in a thread: 0.15 ms per chunk, while it is in the cache. Handing it to another core made
-        # fetches slower.
-        digest = blake3(request.buffer).digest()
-        if self.chunks is not None:
-            genuine = digest == self.chunks.digest(request.index)
-        else:
-            genuine = ChunkList(self._ref.size, digest).blob_id == self._ref.id
-        if not genuine:
-            raise BlobError(f"sent bytes for chunk {request.index} that do not have its hash")
-        return len(reply.body)
-
-    async def _settle(self, task: asyncio.Task[int]) -> None:
-        request = self.requests.pop(task, None)
-        if request is None:  # its chunk came from another holder in the same turn
-            return
-        holder, index = request.holder, request.index
-        holder.in_flight -= 1
-        try:
-            received = task.result()
-        except PotluckError as error:
-            self._failed(holder, error)
-            if index in self._missing and not any(each.index == index for each in self.requests.values()):
-                self._waiting.appendleft(index)
-            return
-        holder.failures = 0
-        holder.backoff_seconds = _MIN_BACKOFF_SECONDS
-        self._answers += 1
-        self._answer_seconds += self._loop.time() - request.started_at
-        if index not in self._missing:
-            return
-        self._missing.discard(index)
-        await self.cancel([other for other, each in self.requests.items() if each.index == index])
-        by_holder = self._report.bytes_by_holder
-        by_holder[holder.peer] = by_holder.get(holder.peer, 0) + received
-        if index != _LIST:
-            if not request.direct:
-                self._target[chunk_span(self._ref.size, index)] = request.buffer
-            self._done_bytes += received
-            if self._on_progress is not None:
-                self._on_progress(self._done_bytes, self._ref.size)
-
-    def _failed(self, holder: _Holder, error: PotluckError) -> None:
-        now = self._loop.time()
-        self._report.reasons[holder.peer] = str(error)
-        self._report.retries += 1
-        if isinstance(error, BlobError):
-            holder.dropped = True
-            if holder.peer not in self._report.liars:
-                self._report.liars.append(holder.peer)
-            log.warning("net.blobs.liar peer=%s blob=%s error=%s", holder.peer, self._ref.id, error)
-            return
-        if now < holder.retry_at:
-            return  # one break ends a whole window of requests: it counts once
-        if isinstance(error, RpcRefused):
-            holder.retry_at = now + error.retry_after_seconds
-            return
-        if not (isinstance(error, RpcRemoteError) and error.kind in _MAY_COME):
-            holder.failures += 1
-            holder.dropped = holder.failures >= _MAX_FAILURES
-        holder.retry_at = now + holder.backoff_seconds
-        holder.backoff_seconds = min(2 * holder.backoff_seconds, _MAX_BACKOFF_SECONDS)
-
-    def _unavailable(self, when: str) -> BlobUnavailable:
-        reasons = self._report.reasons
-        lines = [f"\n  {short(each.peer)}: {reasons.get(each.peer, 'no answer')}" for each in self._holders]
-        missing = f"{self._ref.size - self._done_bytes} of {self._ref.size} bytes missing"
-        return BlobUnavailable(
-            f"no holder delivers blob {self._ref.id[:12]} {when} ({missing})"
-            + ("".join(lines) or ": no holder is known")
-        )
-
-
-#: A holder that says this may have the blob a moment later.
-_MAY_COME = (BlobNotFound.__name__, BlobNotRevealed.__name__)
-
-
-def _span_length(size: int, index: int) -> int:
-    span = chunk_span(size, index)
-    return int(span.stop - span.start)

@@ -425,8 +425,8 @@ class _CallerLane(_Lane):
 def _received_error(peer: PeerId, method: str, error: _ErrorHead) -> RpcError:
     message = f"{method} to {short(peer)}: {error.message}"
     if error.kind == "RpcRefused":
-        # A stranger's number: neither a busy loop nor a wait for ever.
-        return RpcRefused(message, min(max(error.retry_after_seconds, 0.01), 60.0))
+        # A stranger's number: neither a busy loop nor a wait for ever; not-a-number is the least.
+        return RpcRefused(message, min(max(0.01, error.retry_after_seconds), 60.0))
     if error.kind == "RpcTimeout":
         return RpcTimeout(message)
     return RpcRemoteError(error.kind[:64], message)
@@ -575,6 +575,8 @@ class Rpc:
         self._methods: dict[str, _Method] = {}
         self._lanes: dict[tuple[PeerId, LaneName], asyncio.Task[_CallerLane]] = {}
         self._server_lanes: set[_ServerLane] = set()
+        #: Streams that have not said hello yet count, too.
+        self._greeting: list[PeerId] = []
         self._total = _Load()
         self._loads: dict[PeerId, _Load] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -690,16 +692,19 @@ class Rpc:
     async def _accept(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = PeerId(info.peer_id.to_base58())
         limits = self.limits
-        of_peer = sum(lane.peer == peer for lane in self._server_lanes)
-        if self._closed or of_peer >= limits.lanes_per_peer or len(self._server_lanes) >= limits.lanes_total:
+        owners = [*self._greeting, *(lane.peer for lane in self._server_lanes)]
+        if self._closed or owners.count(peer) >= limits.lanes_per_peer or len(owners) >= limits.lanes_total:
             writer.close()
             return
+        self._greeting.append(peer)
         try:
             async with asyncio.timeout(limits.hello_timeout_seconds):
                 hello = await reader.readexactly(len(HELLO))
         except (TimeoutError, OSError, EOFError):
             writer.close()
             return
+        finally:
+            self._greeting.remove(peer)
         if hello != HELLO or self._closed:
             writer.close()
             return

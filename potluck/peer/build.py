@@ -68,7 +68,6 @@ def rules_of(manifest: Manifest) -> RoundRules:
         fragments=rounds.fragments,
         sync_limit=rounds.sync_limit,
         clip=manifest.aggregation.clip,
-        batch_size=manifest.training.batch_size,
     )
 
 

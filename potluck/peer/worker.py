@@ -31,7 +31,8 @@ from potluck.dht.records import Replica
 from potluck.dht.shards import shard_of
 from potluck.dht.template import load_toml
 from potluck.errors import ClockError, IdentityError, ManifestError, NetworkError, PotluckError, StateError, UserError
-from potluck.net.blobs import BlobId, BlobRef, fetch
+from potluck.net.blobs import BlobId, BlobRef
+from potluck.net.fetch import fetch
 from potluck.net.identity import Identity
 from potluck.peer.build import MODULE, Parts, build, initial_state, outer_of, rules_of, same_draft
 from potluck.peer.clock import SAID_SECONDS, RunClock

@@ -5,6 +5,7 @@ Tests put a fake behind the protocol; `NetworkExchange` is the DHT directory plu
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ import numpy as np
 
 from potluck.dht.directory import Directory
 from potluck.dht.records import Commit, Signed
-from potluck.net.blobs import BlobId, BlobRef, BlobStore, FetchReport, fetch
+from potluck.net.blobs import BlobId, BlobRef, BlobStore
+from potluck.net.fetch import FetchReport, fetch
 from potluck.net.host import PeerId
 from potluck.net.rpc import Rpc
 from potluck.swarm.phases import Round
@@ -33,7 +35,7 @@ class Exchange(Protocol):
 
     async def commits(self, module: str, round_: Round, shard: int, timeout_seconds: float) -> list[Signed[Commit]]: ...
 
-    def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
+    async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
         """Serve a blob from `reveal_at` on."""
         ...
 
@@ -78,6 +80,7 @@ class NetworkExchange:
         self._on_progress = on_progress
         self._states: deque[ReplicaState] = deque()
         self._kept: deque[tuple[float, BlobId]] = deque()
+        store.remove_older(retain_seconds)  # of an earlier session
 
     async def publish(self, commit: Commit, expires_at: float, timeout_seconds: float) -> bool:
         return await self._directory.publish(commit, expires_at, timeout_seconds)
@@ -86,12 +89,14 @@ class NetworkExchange:
         view = await self._directory.commits(module, round_, shard, timeout_seconds=timeout_seconds)
         return list(view.records)
 
-    def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
-        ref = self._store.put(blob, reveal_at=reveal_at)
+    async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
+        ref = await asyncio.to_thread(self._store.put, blob, reveal_at=reveal_at)
         self._keep(ref.id)
         return ref
 
     def offer_state(self, state: ReplicaState) -> None:
+        if any(served.digest == state.digest for served in self._states):
+            return
         self._states.append(state)
         self._store.add_memory(state.chunks, state.buffers)
         spare = max(0, STATE_BYTES // state.ref.size)

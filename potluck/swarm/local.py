@@ -109,6 +109,8 @@ class LocalTrainer:
         self.micro_batch = micro_batch or spec.batch_size
         self.halvings = 0
         self._loss = loss
+        #: Seconds of the last steps, by which a round's first one is judged.
+        self._step_seconds = 0.0
 
     def forget(self) -> None:
         """Drop the inner optimizer's moments: after values that are not finite they would poison every later step."""
@@ -126,15 +128,16 @@ class LocalTrainer:
         may_start: Callable[[float], bool] = lambda step_seconds: True,
     ) -> LocalResult:
         """At most `max_steps` optimizer steps; `may_start(seconds a step takes)` is asked before each one."""
-        started, losses, tokens, took = time.monotonic(), [], 0, 0.0
+        started, losses, tokens, took = time.monotonic(), [], 0, self._step_seconds
         for step in range(max_steps):
             if not may_start(took):
+                self._step_seconds = 0.5 * took  # one slow step must not keep every later round from starting
                 break
             began = time.monotonic()
             batch = next(batches)
             losses.append(self._step(batch, first_step + step))
             tokens += batch.shape[0] * (batch.shape[1] - 1)
-            took = max(time.monotonic() - began, 0.5 * took)
+            took = self._step_seconds = max(time.monotonic() - began, 0.5 * took)
         nan = float("nan")
         return LocalResult(
             steps=len(losses),
@@ -155,16 +158,19 @@ class LocalTrainer:
         """Mean loss in nats per token over the given windows."""
         self.module.eval()
         try:
-            parts = torch.split(tokens, self.micro_batch)
-            total = sum(float(self._forward(part)) * part.shape[0] for part in parts)
+            return self._fitting(lambda: self._evaluate(tokens))
         finally:
             self.module.train()
-        return total / tokens.shape[0]
 
-    def _step(self, batch: torch.Tensor, step: int) -> float:
+    def _evaluate(self, tokens: torch.Tensor) -> float:
+        parts = torch.split(tokens, self.micro_batch)
+        return sum(float(self._forward(part)) * part.shape[0] for part in parts) / tokens.shape[0]
+
+    def _fitting(self, work: Callable[[], float]) -> float:
+        """Do `work`; out of memory halves the micro-batch and does it again."""
         while True:
             try:
-                return self._accumulate(batch, step)
+                return work()
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -176,6 +182,9 @@ class LocalTrainer:
             self._free()
             self.micro_batch = max(1, self.micro_batch // 2)
             self.halvings += 1
+
+    def _step(self, batch: torch.Tensor, step: int) -> float:
+        return self._fitting(lambda: self._accumulate(batch, step))
 
     def _accumulate(self, batch: torch.Tensor, step: int) -> float:
         self.optimizer.zero_grad(set_to_none=True)

@@ -12,19 +12,17 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from potluck.dht.records import Commit, Signed
+from potluck.dht.records import Commit
 from potluck.dht.shards import count_replicas, estimate_replicas, next_shards, shard_of
 from potluck.errors import (
-    BlobUnavailable,
     CodecError,
     NetworkError,
-    PotluckError,
     ProtocolError,
     StateError,
 )
@@ -34,11 +32,12 @@ from potluck.swarm.aggregate import Contribution, Sparse, aggregate, token_weigh
 from potluck.swarm.agreement import Agreement, Claim, agreement, network_at_fault
 from potluck.swarm.codecs import Codec
 from potluck.swarm.exchange import Exchange
-from potluck.swarm.fragments import blend, decode_fragment, encode_fragment, fragment_bytes
+from potluck.swarm.fragments import blend, decode_fragment, encode_fragment, root_mean_square
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round, RoundClock, Window
+from potluck.swarm.pull import Puller, View
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 from potluck.swarm.waits import WaitBoard
 
@@ -78,7 +77,6 @@ class RoundRules:
     fragments: int
     sync_limit: float
     clip: bool
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -110,16 +108,6 @@ class _Mine:
     commit: Commit | None = None
     contribution: Contribution | None = None
     published: bool = False
-
-
-@dataclass
-class _View:
-    """What a peer saw of its group in one round."""
-
-    commits: dict[PeerId, Commit] = field(default_factory=dict)
-    contributions: dict[PeerId, Contribution] = field(default_factory=dict)
-    fragments: dict[PeerId, Flat] = field(default_factory=dict)
-    missing: dict[PeerId, str] = field(default_factory=dict)
 
 
 class GossipReplica:
@@ -161,6 +149,20 @@ class GossipReplica:
         self._stop, self._finish = asyncio.Event(), asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._out_of_sync = False
+        #: Lengths of the last outer steps (root mean square): how far apart replicas may wander between two averages.
+        self._steps: deque[float] = deque(maxlen=rules.fragments)
+        self._puller = Puller(
+            peer=peer,
+            module=module,
+            layout=self.layout,
+            codec=codec,
+            exchange=exchange,
+            clock=rules.clock,
+            group_size=rules.group_size,
+            fragments=rules.fragments,
+            now=now,
+            in_thread=self._in_thread,
+        )
         self._published: deque[int] = deque(maxlen=2 * rules.retain)
 
     # ---- the life of a replica ------------------------------------------------------------------------------
@@ -174,14 +176,21 @@ class GossipReplica:
         self._finish.set()
         self._stop.set()
 
-    async def run(self, start: ReplicaState) -> ReplicaState:
+    async def run(
+        self, start: ReplicaState, theta_0: Callable[[], Awaitable[ReplicaState]] | None = None
+    ) -> ReplicaState:
         """Join with `start` (a checkpoint or theta_0), then one round after another until asked to leave.
 
-        Returns the last state. The replica prefers the group's state over `start` whenever there is a group.
+        Returns the last state. The replica prefers the group's state over `start` whenever there is a group. With
+        `theta_0`, `start` is only a placeholder: where there is no group, what `theta_0()` gives is trained instead.
         """
         try:
-            await self._become(start)
-            await self._join()
+            if theta_0 is None:
+                await self._become(start)
+            else:
+                self.state = start
+            if not await self._join() and theta_0 is not None:
+                await self._become(await theta_0())
             while not self._finish.is_set():
                 await self._round()
             await self._linger()
@@ -276,12 +285,12 @@ class GossipReplica:
             return
         blob, contribution = encoded
         mine.contribution = contribution
-        ref = self._exchange.offer(blob, window.commit_by)
+        ref = await self._exchange.offer(blob, window.commit_by)
         fragment = None
         if self.shards > 1:
             theta, fragments = self._state.theta, self.rules.fragments
             part = await self._in_thread(encode_fragment, theta, self.layout, window.round, fragments)
-            fragment = self._exchange.offer(part, window.commit_by)
+            fragment = await self._exchange.offer(part, window.commit_by)
         mine.commit = Commit(
             module=self.module,
             round=window.round,
@@ -341,9 +350,9 @@ class GossipReplica:
 
     # ---- 3 and 4: group and pull ----------------------------------------------------------------------------
 
-    async def _pull(self, window: Window, mine: _Mine) -> _View:
+    async def _pull(self, window: Window, mine: _Mine) -> View:
         """Read the group's commits and fetch their blobs until the pull deadline; read once more for latecomers."""
-        view = _View()
+        view = View()
         if mine.published and mine.commit and mine.contribution is not None:
             view.commits[self.peer] = mine.commit
             view.contributions[self.peer] = mine.contribution
@@ -353,63 +362,19 @@ class GossipReplica:
             for _ in range(2):
                 if not await self._pull_once(window.round, window.pull_by, view):
                     break
+        if mine.published and mine.contribution is not None and self.peer not in view.commits:
+            self._keep_unsent(mine.contribution)  # the group is over-full, and the draw left us out
         return view
 
-    async def _pull_once(self, round_: Round, pull_by: float, view: _View) -> bool:
-        """One reading of the shard; True if it showed commits that were not known yet."""
+    async def _pull_once(self, round_: Round, pull_by: float, view: View) -> bool:
         shard = shard_of(self.peer, round_, self.shards)
-        left = pull_by - self._now()
-        if left <= 0:
-            return False
-        signed = await self._exchange.commits(self.module, round_, shard, left)
-        new = {s.peer: s.record for s in signed if s.peer not in view.commits and self._admissible(s, round_)}
-        view.commits.update(new)
-        members = tuple(peer for peer in view.commits if peer != self.peer)
-        await asyncio.gather(*(self._pull_one(p, c, members, pull_by, view) for p, c in new.items()))
-        return bool(new)
-
-    def _admissible(self, signed: Signed[Commit], round_: Round) -> bool:
-        """Commits stamped after the deadline count for nobody, and a commit of ours must be one that we published."""
-        commit = signed.record
-        late = commit.committed_at > self.rules.clock.window(round_).commit_by
         # Our own node also holds commits of ours that nobody else does: those count for nobody.
-        ours = signed.peer == self.peer
-        return not late and commit.tokens > 0 and (not ours or commit.round in self._published)
-
-    async def _pull_one(
-        self, peer: PeerId, commit: Commit, members: tuple[PeerId, ...], pull_by: float, view: _View
-    ) -> None:
-        holders = (peer, *(m for m in members if m != peer))
-        try:
-            blob = await self._exchange.fetch(
-                BlobRef(BlobId(commit.blob), commit.size),
-                holders,
-                self.codec.max_bytes(self.layout),
-                max(0.05, pull_by - self._now()),
-            )
-            view.contributions[peer] = await self._in_thread(self.codec.decode, blob, self.layout)
-            view.missing.pop(peer, None)
-            await self._pull_fragment(peer, commit, holders, pull_by, view)
-        except PotluckError as error:  # a full disk, too: others decide how much there is to store
-            view.missing[peer] = f"{type(error).__name__}: {error}"
-
-    async def _pull_fragment(
-        self, peer: PeerId, commit: Commit, holders: tuple[PeerId, ...], pull_by: float, view: _View
-    ) -> None:
-        if commit.fragment is None or self.shards == 1 or peer == self.peer:
-            return
-        size = fragment_bytes(self.layout, commit.round, self.rules.fragments)
-        try:
-            blob = await self._exchange.fetch(
-                BlobRef(BlobId(commit.fragment), commit.fragment_size), holders, size, max(0.05, pull_by - self._now())
-            )
-            view.fragments[peer] = decode_fragment(blob, self.layout, commit.round, self.rules.fragments)
-        except (BlobUnavailable, CodecError):
-            pass  # a drift fragment is an extra: without it drift contracts a round later
+        own = round_ in self._published
+        return await self._puller.pull(round_, shard, pull_by, view, drift=self.shards > 1, own=own)
 
     # ---- 5 to 7: aggregate, outer step, agree ---------------------------------------------------------------
 
-    async def _apply(self, round_: Round, view: _View, deadline: float) -> Agreement | None:
+    async def _apply(self, round_: Round, view: View, deadline: float) -> Agreement | None:
         """Turn what was pulled into theta of the next round.
 
         If ours is the odd state in its group, the group's is loaded first (until `deadline`) and updated instead.
@@ -426,31 +391,46 @@ class GossipReplica:
         weights = token_weights({p: view.commits[p].tokens for p in present})
         self._update_estimate(view)
 
-        def step() -> ReplicaState:
-            base = self._blend_fragments(own, view, round_)
+        def step() -> tuple[ReplicaState, float, float]:
+            base, distance = self._blend_fragments(own, view, round_)
             update = aggregate({p: view.contributions[p] for p in present}, weights, self.layout, clip=self.rules.clip)
             theta, velocity = self.outer.apply(base, own.velocity, update, round_)
-            return ReplicaState(
+            after = ReplicaState(
                 self.module, self.layout, Round(round_ + 1), theta, velocity, own.history + len(present)
             )
+            return after, distance, root_mean_square(theta - base)
 
         if present:
-            await self._become(await self._in_thread(step))
+            after, distance, length = await self._in_thread(step)
+            self._check_sync(round_, distance, length, len(view.fragments))
+            await self._become(after)
         else:
             await self._become(own.at_round(Round(round_ + 1)))
         return agreed
 
-    def _blend_fragments(self, state: ReplicaState, view: _View, round_: Round) -> Flat:
+    def _blend_fragments(self, state: ReplicaState, view: View, round_: Round) -> tuple[Flat, float]:
         if not view.fragments:
-            return state.theta
+            return state.theta, 0.0
         count = self.rules.fragments
         own = decode_fragment(encode_fragment(state.theta, self.layout, round_, count), self.layout, round_, count)
         others = [view.fragments[p] for p in sorted(view.fragments)]
-        theta, drift = blend(state.theta, own, others, self.layout, round_, count)
-        self._emit("swarm.drift.measured", round=round_, rms=drift, members=len(others))
-        return theta
+        return blend(state.theta, own, others, self.layout, round_, count)
 
-    def _update_estimate(self, view: _View) -> None:
+    def _check_sync(self, round_: Round, distance: float, length: float, members: int) -> None:
+        """Whether our drift from the group is more than replicas come by between two averages of a fragment.
+
+        In F rounds independent steps of length s lead sqrt(F) s apart: that, times the run's `sync_limit`.
+        """
+        self._steps.append(length)
+        if members:
+            self._emit("swarm.drift.measured", round=round_, rms=distance, step=length, members=members)
+        wander = math.sqrt(math.fsum(s * s for s in self._steps))
+        if len(self._steps) == self.rules.fragments and distance > self.rules.sync_limit * wander:
+            self._emit("swarm.drift.beyond", round=round_, rms=distance, limit=self.rules.sync_limit * wander)
+            self._steps.clear()
+            self._out_of_sync = True
+
+    def _update_estimate(self, view: View) -> None:
         others = [c.replicas_estimate for p, c in view.commits.items() if p != self.peer]
         seen = max(1, len(view.commits))
         # What is published is this peer's own count: a published median would outvote growth for ever.
@@ -473,17 +453,19 @@ class GossipReplica:
 
     # ---- joining and catching up ----------------------------------------------------------------------------
 
-    async def _join(self) -> None:
-        """Load the group's state if there is a group, then apply the rounds since."""
+    async def _join(self) -> bool:
+        """Load the group's state if there is a group, then apply the rounds since. False if it stays with its own."""
         current = self.rules.clock.round_at(self._now())
         if current < 0:
             await self._sleep_until(self.rules.clock.genesis, "round 0 to begin", "training begins")
-            return
+            return False
         started = self._now()
-        if await self._load_group("joined from the group's state"):
+        joined = await self._load_group("joined from the group's state")
+        if joined:
             self._emit("swarm.join.done", round=self._state.round, seconds=self._now() - started)
         else:
             self._emit("swarm.join.alone", round=current, from_round=self._state.round)
+        return joined
 
     async def _load_group(self, reason: str) -> bool:
         """Take over the state that the latest round's commits agree on, then apply the rounds since then.
@@ -519,7 +501,7 @@ class GossipReplica:
     async def _replay(self, current: Round) -> None:
         """Apply missed rounds (frozen, slow, or joining) from commits and blobs that others still hold."""
         for round_ in range(self._state.round, current):
-            view = _View()
+            view = View()
             until = self._now() + max(5.0, self.rules.clock.seconds)
             with self._waits.waiting(f"contributions of round {round_}, missed", until, "it is applied without them"):
                 await self._pull_once(Round(round_), until, view)
@@ -539,7 +521,7 @@ class GossipReplica:
                 f"commits of round {round_}", self._now() + timeout, "an earlier round is looked at"
             ):
                 signed = await self._exchange.commits(self.module, Round(round_), 0, timeout)
-            others = {s.peer: s.record for s in signed if s.peer != self.peer}
+            others = {s.peer: s.record for s in signed if s.peer != self.peer and self._puller.counts(s, Round(round_))}
             agreed = agreement(Claim(p, c.digest, c.history) for p, c in others.items())
             if agreed:
                 self.estimate = float(np.median([c.replicas_estimate for c in others.values()]))
@@ -605,7 +587,7 @@ class GossipReplica:
     def _report(
         self,
         window: Window,
-        view: _View,
+        view: View,
         mine: _Mine,
         agreed: Agreement | None,
         loss: float,

@@ -25,7 +25,8 @@ from hivemind.dht.node import DHTNode
 from hivemind.utils.timed_storage import get_dht_time
 
 from potluck.errors import DaemonError, NetworkError, RpcClosed, UserError
-from potluck.net.blobs import CHUNK_BYTES, BlobService, BlobStore, FetchReport, fetch
+from potluck.net.blobs import CHUNK_BYTES, BlobService, BlobStore
+from potluck.net.fetch import FetchReport, fetch
 from potluck.net.host import Host, PeerId
 from potluck.net.hosts.go import GoHost
 from potluck.net.identity import Identity

@@ -65,10 +65,10 @@ class FakeExchange:
         found = {**self.world.commits.get(key, {}), **own}
         return [s for p, s in sorted(found.items()) if p == self.peer or not (self.faults.blind or self.faults.down)]
 
-    def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
+    async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
         served = blob if self.faults.garbage is None else self.faults.garbage
         ref = ChunkList.of([served]).ref
-        self.world.blobs.setdefault(ref.id, {})[self.peer] = (served, reveal_at)
+        self.world.blobs.setdefault(ref.id, {}).setdefault(self.peer, (served, reveal_at))  # as the real store
         return ref
 
     def offer_state(self, state: ReplicaState) -> None:

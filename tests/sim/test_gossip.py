@@ -38,7 +38,6 @@ RULES = RoundRules(
     fragments=4,
     sync_limit=3.0,
     clip=True,
-    batch_size=1,
 )
 
 
@@ -397,7 +396,39 @@ def test_with_several_groups_fragments_contract_the_drift() -> None:
         await swarm.until(200.0 + 10 * 8 * RULES.fragments)
         assert drift(swarm) < 0.1 * before
 
-    simulate(body, rules=replace(RULES, group_size=3), codec="none")
+    simulate(body, rules=replace(RULES, group_size=3, sync_limit=1e6), codec="none")
+
+
+def test_a_replica_far_beyond_the_sync_limit_loads_the_groups_state() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(8)]
+        await swarm.until(200.0)
+        assert not any(e["event"] == "swarm.drift.beyond" for p in peers for e in swarm.events[p])
+        lost = swarm.replicas[peers[3]]
+        assert lost.state and lost.shards > 1
+        lost.state = replace(lost.state, theta=lost.state.theta + np.float32(50.0))
+        await swarm.until(300.0)
+        events = [e["event"] for e in swarm.events[peers[3]]]
+        assert "swarm.drift.beyond" in events and "swarm.state.loaded" in events
+        assert np.abs(lost.state.theta).max() < 10
+        others = [e for p in peers if p != peers[3] for e in swarm.events[p]]
+        assert not any(e["event"] == "swarm.drift.beyond" for e in others)
+
+    simulate(body, rules=replace(RULES, group_size=3, sync_limit=20.0), codec="none")
+
+
+def test_a_flood_of_commits_leaves_a_bounded_group_that_is_the_same_for_all() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(9)]
+        for replica in swarm.replicas.values():
+            replica._puller._most = 4
+        await swarm.until(45.0)
+        for round_ in (1, 2, 3):
+            groups = {swarm.applied(p)[round_]["group"] for p in peers}
+            assert len(groups) == 1 and len(groups.pop()) == 4
+            assert len(swarm.digests(round_)) == 1
+
+    simulate(body)
 
 
 def drift(swarm: Swarm) -> float:

@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -48,6 +48,8 @@ _CLIENT_SOCKET = "p2pclient-"
 _PID_FILE = "p2pd.pid"
 _LOCK_FILE = "lock"
 _KILL_AFTER_SECONDS = 3.0
+#: For questions that the daemon answers from its memory.
+_CONTROL_SECONDS = 10.0
 #: A daemon that lived shorter than this died quickly; after so many quick deaths in a row we give up.
 _QUICK_DEATH_SECONDS = 30.0
 _MAX_QUICK_DEATHS = 5
@@ -210,20 +212,22 @@ class GoHost:
         return response.streamInfo, reader, writer
 
     async def get_visible_maddrs(self, latest: bool = False) -> Sequence[Any]:
-        maddrs: Sequence[Any] = await (await self._attached()).get_visible_maddrs(latest=latest)
-        return maddrs
+        return await self._asked("addresses", lambda daemon: daemon.get_visible_maddrs(latest=latest))
 
     async def list_peers(self) -> Sequence[Any]:
-        try:
-            async with asyncio.timeout(10):
-                peers: Sequence[Any] = await (await self._attached()).list_peers()
-        except PotluckError:
-            raise
-        except Exception as error:  # hivemind's client has many: the daemon is gone or does not answer
-            raise DaemonError(f"the libp2p daemon does not list its peers: {error!r}") from error
+        peers = await self._asked("peers", lambda daemon: daemon.list_peers())
         for peer in peers:
             self._remember(peer.peer_id.to_base58(), tuple(str(addr) for addr in peer.addrs))
         return peers
+
+    async def _asked(self, what: str, ask: Callable[[P2P], Awaitable[Sequence[Any]]]) -> Sequence[Any]:
+        try:
+            async with asyncio.timeout(_CONTROL_SECONDS):
+                return await ask(await self._attached())
+        except PotluckError:
+            raise
+        except Exception as error:  # hivemind's client has many: the daemon is gone or does not answer
+            raise DaemonError(f"the libp2p daemon does not list its {what}: {error!r}") from error
 
     async def connect(self, maddr: str, timeout_seconds: float) -> PeerId:
         """Dial `.../p2p/<peer id>` (or `/p2p/<peer id>` alone, to be found through the libp2p DHT)."""

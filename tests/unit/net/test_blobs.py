@@ -21,10 +21,9 @@ from potluck.net.blobs import (
     BlobService,
     BlobStore,
     ChunkList,
-    FetchReport,
     chunk_count,
-    fetch,
 )
+from potluck.net.fetch import FetchReport, fetch
 from potluck.net.host import PeerId
 from potluck.net.rpc import Reply, Rpc
 

@@ -152,7 +152,7 @@ def test_many_missing_at_once_is_the_networks_fault() -> None:
 @given(st.integers(0, 1000), st.integers(1, 20), st.integers(0, 50))
 def test_fragments_cover_everything_once_and_blend_to_the_mean(seed: int, fragments: int, first: int) -> None:
     thetas = [some(seed + i).values for i in range(3)]
-    for round_ in range(first, first + fragments):
+    for round_ in range(first, first + 3 * fragments):  # twice more for what was clipped
         decoded = [
             decode_fragment(encode_fragment(t, LAYOUT, round_, fragments), LAYOUT, round_, fragments) for t in thetas
         ]
@@ -164,6 +164,18 @@ def test_fragments_cover_everything_once_and_blend_to_the_mean(seed: int, fragme
     assert np.std(np.stack(thetas), axis=0).max() < 0.05
     covered = sorted(i for r in range(fragments) for i in range(LAYOUT.size)[fragment_range(LAYOUT, r, fragments)])
     assert covered == list(range(LAYOUT.size))
+
+
+@given(st.integers(0, 1000), st.floats(1e3, 1e4))
+def test_a_lying_fragment_moves_us_little_more_than_an_honest_one_and_does_not_set_our_distance(
+    seed: int, far: float
+) -> None:
+    own, honest, other = (some(seed + i).values for i in range(3))
+    liar = np.full_like(own, np.float32(far))
+    theta = np.zeros_like(own)
+    moved, distance = blend(theta, own, [honest, other, liar], LAYOUT, 0, 1)
+    assert np.linalg.norm(moved) <= 4 / 4 * max(np.linalg.norm(honest - own), np.linalg.norm(other - own)) * 1.001
+    assert distance < 10
 
 
 @given(st.floats(0, 2e9), st.floats(2, 86400), st.floats(0.01, 0.49), st.integers(0, 10**6))

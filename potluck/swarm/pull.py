@@ -1,0 +1,134 @@
+"""Steps 3 and 4 of a round: reading a shard finds the group, and its members' blobs are pulled (`rounds.md`).
+
+What is late, missing or invalid is left out and noted. A stranger may publish as many commits as it has keys, so a
+group has a bound: beyond it the same members are taken by everyone who read the same commits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from potluck.dht.records import Commit, Signed
+from potluck.errors import BlobUnavailable, CodecError, PotluckError
+from potluck.net.blobs import BlobId, BlobRef
+from potluck.net.host import PeerId
+from potluck.swarm.aggregate import Contribution
+from potluck.swarm.codecs import Codec
+from potluck.swarm.exchange import Exchange
+from potluck.swarm.fragments import decode_fragment, fragment_bytes
+from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.phases import Round, RoundClock
+
+#: A group may be this much larger than planned (estimates of the swarm's size lag behind) before members are left out.
+MAX_OF_GROUP_SIZE = 2
+
+
+@dataclass
+class View:
+    """What a peer saw of its group in one round."""
+
+    commits: dict[PeerId, Commit] = field(default_factory=dict)
+    contributions: dict[PeerId, Contribution] = field(default_factory=dict)
+    fragments: dict[PeerId, Flat] = field(default_factory=dict)
+    missing: dict[PeerId, str] = field(default_factory=dict)
+
+    def keep(self, members: Collection[PeerId]) -> None:
+        """Forget everybody else."""
+        everything: tuple[dict[PeerId, Any], ...] = (self.commits, self.contributions, self.fragments, self.missing)
+        for part in everything:
+            for peer in [peer for peer in part if peer not in members]:
+                del part[peer]
+
+
+def admitted(peers: Collection[PeerId], round_: Round, most: int) -> set[PeerId]:
+    """At most `most` of the peers, drawn by a hash of peer and round: the same for all who see the same peers."""
+
+    def rank(peer: PeerId) -> bytes:
+        return hashlib.sha256(b"potluck.admitted.1" + round_.to_bytes(8, "big") + peer.encode()).digest()
+
+    return set(sorted(peers, key=rank)[:most])
+
+
+class Puller:
+    """Reads groups for one replica. `in_thread` runs blocking work off the event loop."""
+
+    def __init__(
+        self,
+        *,
+        peer: PeerId,
+        module: str,
+        layout: Layout,
+        codec: Codec,
+        exchange: Exchange,
+        clock: RoundClock,
+        group_size: int,
+        fragments: int,
+        now: Callable[[], float],
+        in_thread: Callable[..., Awaitable[Any]],
+    ) -> None:
+        self._peer, self._module, self._layout, self._codec = peer, module, layout, codec
+        self._exchange, self._clock, self._now, self._in_thread = exchange, clock, now, in_thread
+        self._most, self._fragments = MAX_OF_GROUP_SIZE * group_size, fragments
+
+    async def pull(
+        self, round_: Round, shard: int, pull_by: float, view: View, *, drift: bool, own: bool = False
+    ) -> bool:
+        """Read the shard once and fetch what is new into `view`, until `pull_by`; True if anything was new.
+
+        `drift`: fetch drift fragments too. `own`: a commit of ours may count (because we published it).
+        """
+        left = pull_by - self._now()
+        if left <= 0:
+            return False
+        signed = await self._exchange.commits(self._module, round_, shard, left)
+        known = {s.peer: s.record for s in signed if self.counts(s, round_) and (own or s.peer != self._peer)}
+        members = admitted(known.keys() | view.commits.keys(), round_, self._most)
+        new = {peer: commit for peer, commit in known.items() if peer in members and peer not in view.commits}
+        view.commits.update(new)
+        view.keep(members)
+        holders = tuple(peer for peer in view.commits if peer != self._peer)
+        async with asyncio.TaskGroup() as group:
+            for peer, commit in new.items():
+                group.create_task(self._pull_one(peer, commit, holders, pull_by, view, drift))
+        return bool(new)
+
+    def counts(self, signed: Signed[Commit], round_: Round) -> bool:
+        """Commits stamped after the deadline count for nobody, nor do those that trained nothing."""
+        return signed.record.committed_at <= self._clock.window(round_).commit_by and signed.record.tokens > 0
+
+    async def _pull_one(
+        self, peer: PeerId, commit: Commit, members: tuple[PeerId, ...], pull_by: float, view: View, drift: bool
+    ) -> None:
+        holders = (peer, *(m for m in members if m != peer))
+        try:
+            blob = await self._exchange.fetch(
+                BlobRef(BlobId(commit.blob), commit.size),
+                holders,
+                self._codec.max_bytes(self._layout),
+                max(0.05, pull_by - self._now()),
+            )
+            view.contributions[peer] = await self._in_thread(self._codec.decode, blob, self._layout)
+            view.missing.pop(peer, None)
+            if drift and peer != self._peer:
+                await self._pull_fragment(peer, commit, holders, pull_by, view)
+        except PotluckError as error:  # a full disk, too: others decide how much there is to store
+            view.missing[peer] = f"{type(error).__name__}: {error}"
+
+    async def _pull_fragment(
+        self, peer: PeerId, commit: Commit, holders: tuple[PeerId, ...], pull_by: float, view: View
+    ) -> None:
+        if commit.fragment is None:
+            return
+        size = fragment_bytes(self._layout, commit.round, self._fragments)
+        ref = BlobRef(BlobId(commit.fragment), commit.fragment_size)
+        try:
+            blob = await self._exchange.fetch(ref, holders, size, max(0.05, pull_by - self._now()))
+            view.fragments[peer] = await self._in_thread(
+                decode_fragment, blob, self._layout, commit.round, self._fragments
+            )
+        except (BlobUnavailable, CodecError):
+            pass  # a drift fragment is an extra: without it drift contracts a round later

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -46,6 +47,8 @@ def demo(
         if not live:
             print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
 
+    # A polite kill cleans up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The peers' homes lie in a short path of their own: unix sockets allow 107 characters.
     homes = Path(tempfile.mkdtemp(prefix="potluck-demo-"))
     try:

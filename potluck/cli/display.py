@@ -56,8 +56,9 @@ def event_line(event: Event) -> str | None:
             size = megabytes(event["bytes"])
             return f"downloading the group's state: {size} from {event['holders']} peers"
         case "swarm.state.progress":
-            part = event["bytes"] / event["of"]
-            return f"  {'█' * round(20 * part):<20} {100 * part:3.0f} % of {megabytes(event['of'])}"
+            return f"  {_bar(event['bytes'] / event['of'])} of {megabytes(event['of'])}"
+        case "data.read" if event["of"]:
+            return f"  reading data  {_bar(event['bytes'] / event['of'])}"
         case "swarm.state.loaded":
             took = f"from {event['donors']} peers in {event['seconds']:.1f} s"
             return f"loaded the state of round {event['round']} {took}"
@@ -85,6 +86,10 @@ def event_line(event: Event) -> str | None:
         case "net.daemon.died":
             return "the libp2p daemon died: restarting it"
     return None
+
+
+def _bar(part: float) -> str:
+    return f"{'█' * round(20 * part):<20} {100 * part:3.0f} %"
 
 
 class PlainPeer:
@@ -149,7 +154,7 @@ class LivePeer:
         if event["event"] == "swarm.round.applied":
             self._losses.append(event["loss"])
         if line := event_line(event):
-            if event["event"] == "swarm.state.progress" and self._lines and "█" in self._lines[-1]:
+            if event["event"] in ("swarm.state.progress", "data.read") and self._lines and "█" in self._lines[-1]:
                 self._lines.pop()  # a bar moves; it does not scroll
             self._lines.append(line)
             self._draw()

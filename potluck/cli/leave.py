@@ -23,7 +23,7 @@ def leave(
 
     Example:  potluck leave --wait
     """
-    from potluck.peer.control import ask
+    from potluck.peer.control import PeerHangs, ask
     from potluck.peer.home import Home, default_home
 
     socket = Home(home or default_home()).find_run(run).control_socket
@@ -33,6 +33,8 @@ def leave(
     while wait and socket.exists():
         try:
             asyncio.run(ask(socket, "why"))
+        except PeerHangs:
+            continue  # busy, not gone
         except NetworkError:
             break
         time.sleep(0.2)

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from potluck.cli.display import LivePeer, PlainPeer
 from potluck.cli.options import parse_bytes
+from potluck.errors import UserError
 
 if TYPE_CHECKING:
     from potluck.peer.worker import Peer, Run
 
 #: Ctrl-C and SIGTERM end the process within five seconds, whatever a step or the network does.
 EXIT_SECONDS = 4.5
-#: Exit code of an end that had to be forced.
-FORCED = 130
+#: Exit code of an interrupt before the peer had joined, and of an end that had to be forced.
+INTERRUPTED = 130
+#: Bytes per second.
+MIN_UPLOAD = 10_000
 
 
 def run_peer(
@@ -43,6 +46,8 @@ def run_peer(
     """Train until the run is left. Errors of the peer propagate."""
     quota = parse_bytes("--disk-quota", disk_quota)
     upload = parse_bytes("--upload-limit", upload_limit) if upload_limit else None
+    if upload is not None and upload < MIN_UPLOAD:
+        raise UserError(f"--upload-limit {upload_limit!r}: at least 10KB; a peer that serves nothing cannot contribute")
     if not as_json and sys.stderr.isatty():
         print("loading...", file=sys.stderr)
     import uvloop
@@ -80,7 +85,7 @@ async def _session(
     def on_signal() -> None:
         nonlocal stopping
         if stopping:
-            os._exit(FORCED)
+            os._exit(INTERRUPTED)
         stopping = True
         _force_exit_later()
         if run is not None:
@@ -92,9 +97,9 @@ async def _session(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     try:
-        async with Peer.open(home, replace(settings, on_event=display.on_event)) as peer:
-            run = await open_run(peer)
-            with display:
+        with display:
+            async with Peer.open(home, replace(settings, on_event=display.on_event)) as peer:
+                run = await open_run(peer)
                 display.on_joined(await run.status())
                 async for _ in run.rounds(rounds):
                     pass
@@ -103,12 +108,17 @@ async def _session(
         if not stopping:
             raise
         print("stopped before joining", file=sys.stderr)
+    if stopping:
+        # All of ours is closed; a step or a build that still runs in a thread must not hold up the end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0 if run is not None else INTERRUPTED)
 
 
 def _force_exit_later() -> None:
     def force() -> None:
         print("a step or a connection did not end in time: forced to stop", file=sys.stderr, flush=True)
-        os._exit(FORCED)
+        os._exit(INTERRUPTED)
 
     timer = threading.Timer(EXIT_SECONDS, force)
     timer.daemon = True

@@ -30,6 +30,10 @@ RunId = NewType("RunId", str)
 #: A signed manifest, in bytes: checked before parsing.
 MAX_MANIFEST_BYTES: Final = 64 * 1024
 MAX_LAYERS: Final = 1024
+#: Experts of all layers together: each is a module that every peer builds.
+MAX_EXPERTS: Final = 2**15
+_LAYER_KEYS: Final = ("layer", "depth", "blocks")
+_EXPERT_KEYS: Final = ("experts",)
 MAX_CONFIG_INTEGER: Final = 2**24
 MAX_CONFIG_LIST: Final = 256
 MAX_CONFIG_TEXT: Final = 256
@@ -88,15 +92,23 @@ class ModelPart(_Part):
                     _check_config_scalar(key, item)
             else:
                 _check_config_scalar(key, value)
+        layers, experts = _largest(config, _LAYER_KEYS), _largest(config, _EXPERT_KEYS)
+        if layers * experts > MAX_EXPERTS:
+            raise ValueError(f"{layers} layers of {experts} experts, allowed at most {MAX_EXPERTS} experts in all")
         return config
+
+
+def _largest(config: dict[str, Any], words: tuple[str, ...]) -> int:
+    counts = (v for k, v in config.items() if isinstance(v, int) and any(word in k for word in words))
+    return max((abs(count) for count in counts), default=1) or 1
 
 
 def _check_config_scalar(key: str, value: object) -> None:
     if value is None or isinstance(value, bool):
         return
     if isinstance(value, int):
-        names_layers = "layer" in key or key == "depth"
-        largest = MAX_LAYERS if names_layers else MAX_CONFIG_INTEGER
+        names_modules = any(word in key for word in _LAYER_KEYS + _EXPERT_KEYS)
+        largest = MAX_LAYERS if names_modules else MAX_CONFIG_INTEGER
         if abs(value) > largest:
             raise ValueError(f"{key} is {value}, allowed at most {largest}")
     elif isinstance(value, float):
@@ -129,6 +141,12 @@ class DataPart(_Part):
     split: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\[\]:%+-]{1,64}$")] = Field(
         default="train", description="split of an hf: data set"
     )
+    documents: int = Field(
+        default=0,
+        ge=0,
+        le=2**31,
+        description="read only the first so many of an hf: data set, as a stream; 0 reads all",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the samples' assignment to peers")
 
 
@@ -150,7 +168,8 @@ class RoundsPart(_Part):
         default=3.0,
         gt=0,
         le=1e6,
-        description="drift, in outer steps, beyond which a peer loads the group's state",
+        description="with several groups: a peer farther from its group than this times the drift that F outer "
+        "steps explain loads the group's state",
     )
     overlap: Literal[False] = Field(
         default=False, description="train the next round while this one is exchanged (not yet available)"

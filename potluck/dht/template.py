@@ -96,6 +96,7 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
             "tokenizer": "hf:TinyLlama/TinyLlama_v1.1",
             "sequence_length": 2048,
             "held_out_fraction": 0.001,
+            "documents": 200_000,
         },
         "rounds": {"seconds": 1200.0, "steps": 100, "group_size": 16, "exchange_seconds": 120.0},
         "training": {

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from potluck.dht.manifest import Manifest
-from potluck.peer.hardware import choose_device, fit_micro_batch
-from potluck.swarm.data import Corpus, load_corpus
+from potluck.errors import ManifestError
+from potluck.peer.hardware import check_fits, choose_device, fit_micro_batch
+from potluck.swarm.data import Corpus, OnProgress, load_corpus
 from potluck.swarm.layout import Layout
 from potluck.swarm.local import LocalTrainer
-from potluck.swarm.model import build_module
+from potluck.swarm.model import build_module, count_parameters
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round, RoundClock
 from potluck.swarm.rounds import RoundRules
@@ -30,7 +31,14 @@ class Parts:
     theta_0: ReplicaState
 
 
-def build(manifest: Manifest, device: str, threads: int | None, data: str | None, own_manifest: bool) -> Parts:
+def build(
+    manifest: Manifest,
+    device: str,
+    threads: int | None,
+    data: str | None,
+    own_manifest: bool,
+    on_progress: OnProgress | None = None,
+) -> Parts:
     """Seconds of work. `data`: the volunteer's own source; `own_manifest`: it may name local files.
 
     Raises ManifestError, UserError (data) or HardwareError (device, memory).
@@ -38,16 +46,37 @@ def build(manifest: Manifest, device: str, threads: int | None, data: str | None
     if threads:
         torch.set_num_threads(threads)
     where = choose_device(device)
-    corpus = load_corpus(manifest.data, data, own_manifest)
+    check_memory(manifest, where)
+    corpus = load_corpus(manifest.data, data, own_manifest, on_progress)
     module = build_module(manifest.model, MODULE)
+    check_vocabulary(corpus, module)
     theta_0 = state_of(module, manifest)
-    micro_batch = fit_micro_batch(manifest.training.batch_size, manifest.data.sequence_length, module, where)
+    training = manifest.training
+    micro_batch = fit_micro_batch(training.batch_size, manifest.data.sequence_length, module, where, training.optimizer)
     return Parts(LocalTrainer(module, manifest.training, where, micro_batch=micro_batch), corpus, theta_0)
 
 
 def initial_state(manifest: Manifest) -> ReplicaState:
-    """theta_0 from the manifest's seed, its digest computed. Blocking."""
+    """theta_0 from the manifest's seed, its digest computed. Blocking. Raises ManifestError or HardwareError."""
+    check_memory(manifest, torch.device("cpu"))
     return state_of(build_module(manifest.model, MODULE), manifest)
+
+
+def check_memory(manifest: Manifest, device: torch.device) -> None:
+    """Raises HardwareError before a model is built that does not fit."""
+    dense = 1 if manifest.codec.name == "sparse" else manifest.rounds.group_size
+    check_fits(count_parameters(manifest.model), manifest.training.optimizer, dense, device)
+
+
+def check_vocabulary(corpus: Corpus, module: torch.nn.Module) -> None:
+    """Raises ManifestError if the tokenizer gives tokens that the model has no embedding for."""
+    size = int(module.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+    largest = max(int(corpus.train.max()), int(corpus.held_out.max()))
+    if largest >= size:
+        raise ManifestError(
+            f"model.config.vocab_size is {size}, but data.tokenizer gives tokens up to {largest}: raise it to at least "
+            f"{largest + 1}, or choose another tokenizer"
+        )
 
 
 def state_of(module: torch.nn.Module, manifest: Manifest) -> ReplicaState:

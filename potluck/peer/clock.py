@@ -6,6 +6,7 @@ that wrong by accident of the network). One lying peer among three cannot move t
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ class RunClock:
 
     async def measure(self, rpc: Rpc, peers: Sequence[PeerId], timeout_seconds: float = 2.0) -> float | None:
         """Median over peers of (their clock - ours) in seconds; None if nobody answered."""
-        offsets = [o for p in peers[:_PEERS] if (o := await self._offset_to(rpc, p, timeout_seconds)) is not None]
+        measured = await asyncio.gather(*(self._offset_to(rpc, peer, timeout_seconds) for peer in peers[:_PEERS]))
+        offsets = [offset for offset in measured if offset is not None]
         return statistics.median(offsets) if offsets else None
 
     def correct(self, measured: float) -> bool:

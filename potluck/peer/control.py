@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from potluck.errors import NetworkError, PotluckError, UserError
+from potluck.peer.events import encode_event
 
 MAX_LINE = 1 << 20
 #: A unix socket's path, in bytes (sun_path less its zero).
@@ -23,20 +24,26 @@ TIMEOUT_SECONDS = 5.0
 Handler = Callable[[], Awaitable[dict[str, Any]]]
 
 
+class PeerHangs(NetworkError):
+    """It runs, but does not answer in time."""
+
+
 class ControlServer:
     def __init__(self, path: Path, commands: dict[str, Handler]) -> None:
         self._path, self._commands = path, commands
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._path.parent.chmod(0o700)
         if len(os.fsencode(self._path)) > MAX_SOCKET_PATH:
             raise UserError(f"--home: {self._path} is too long for a socket; choose a shorter path")
-        self._path.unlink(missing_ok=True)
         before = os.umask(0o177)
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.parent.chmod(0o700)
+            self._path.unlink(missing_ok=True)
             self._server = await asyncio.start_unix_server(self._serve, path=str(self._path), limit=MAX_LINE)
+        except OSError as error:
+            raise UserError(f"--home: cannot open a socket at {self._path}: {error.strerror}") from None
         finally:
             os.umask(before)
         return self
@@ -55,7 +62,7 @@ class ControlServer:
             name = request.get("command") if isinstance(request, dict) else None
             handler = self._commands.get(str(name))
             answer = await handler() if handler else {"error": f"unknown command {name!r}"}
-            writer.write(json.dumps(answer).encode() + b"\n")
+            writer.write(encode_event(answer) + b"\n")
             await writer.drain()
         except (TimeoutError, ValueError, OSError):
             pass  # a local client that sends garbage or goes away concerns only itself
@@ -76,7 +83,7 @@ async def ask(path: Path, command: str, timeout_seconds: float = TIMEOUT_SECONDS
             finally:
                 writer.close()
     except TimeoutError:
-        raise NetworkError(f"the peer does not answer within {timeout_seconds:.0f} s: it hangs or is stopped") from None
+        raise PeerHangs(f"the peer does not answer within {timeout_seconds:.0f} s: it hangs or is stopped") from None
     except (OSError, ValueError):
         raise NetworkError("no peer is running for this run: start one with `potluck join`") from None
     if "error" in answer:

@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from potluck.errors import UserError
+
 #: The log is rotated once at this size, so that it never takes more than twice as much.
 MAX_LOG_BYTES = 16 * 2**20
 
@@ -20,13 +22,30 @@ def encode_event(event: Event) -> bytes:
     return msgspec.json.encode(event)
 
 
+class Twentieths:
+    """Long work tells its progress at each twentieth, not more often. Work may begin again."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def passed(self, done: int, total: int) -> bool:
+        part = 20 * done // max(1, total)
+        if part == self._last:
+            return False
+        self._last = part
+        return True
+
+
 class EventLog:
     """Writes each event as one JSON line to `path` and hands it to every subscriber, in order."""
 
     def __init__(self, path: Path, **common: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._common = path, common
-        self._file = path.open("ab")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+        except OSError as error:
+            raise UserError(f"--home: cannot write {path}: {error.strerror}") from None
         self._subscribers: list[Callable[[Event], None]] = []
 
     def subscribe(self, subscriber: Callable[[Event], None]) -> None:

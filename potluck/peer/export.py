@@ -10,6 +10,7 @@ from torch import nn
 
 from potluck.dht.manifest import Manifest
 from potluck.errors import StateError, UserError
+from potluck.peer.build import MODULE
 from potluck.peer.home import RunFolder
 from potluck.swarm.checkpoints import CheckpointStore
 from potluck.swarm.data import hub_tokenizer
@@ -24,7 +25,7 @@ def load_model(folder: RunFolder) -> tuple[nn.Module, Manifest, int]:
         raise StateError(f"{folder.path} holds no manifest")
     module = build_module(signed.manifest.model)
     layout = Layout.of_module(module)
-    saved = CheckpointStore(folder.checkpoints("stage.0"), folder.run_id).latest(layout, "stage.0")
+    saved = CheckpointStore(folder.checkpoints(MODULE), folder.run_id).latest(layout, MODULE)
     if saved is None:
         raise StateError(f"run {folder.run_id[:8]} has no checkpoint yet: train at least one round")
     layout.scatter(saved.state.theta, module)

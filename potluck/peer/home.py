@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ import msgspec
 import platformdirs
 
 from potluck.dht.manifest import RunId, SignedManifest, parse_run_id
-from potluck.errors import ManifestError, UserError
+from potluck.errors import ManifestError, StateError, UserError
 from potluck.net.identity import Identity
 
 
@@ -50,14 +51,22 @@ class RunFolder:
         return self.sockets / "control.sock"
 
     def save_manifest(self, signed: SignedManifest) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.manifest_path, signed.envelope)
 
     def manifest(self) -> SignedManifest | None:
+        """Of the run, as it was joined. Raises StateError if the file is damaged."""
         try:
             return SignedManifest.decode(self.manifest_path.read_bytes(), self.run_id)
         except FileNotFoundError:
             return None
+        except (OSError, ManifestError) as error:
+            raise StateError(
+                f"{self.manifest_path} cannot be used ({error}): remove it, then join again with an invite"
+            ) from None
+
+    def remove(self) -> None:
+        """Everything of this run."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def save_peers(self, addresses: list[str]) -> None:
         write_atomically(self.path / "peers.json", msgspec.json.encode(addresses))
@@ -71,8 +80,12 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Held while a process trains this run. Raises UserError if another one does."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as lock:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"--home: cannot use {self.path}: {error.strerror}") from None
+        with file as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -125,6 +138,12 @@ class Home:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
+    """Raises UserError where the disk is full or the folder not writable; then the old content stays."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"--home: cannot write {path}: {error.strerror}; free some space or choose another") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -27,9 +29,13 @@ Emit = Callable[..., None]
 
 MANIFEST_METHOD = "manifest.get"
 DIAL_SECONDS = 10.0
+MANIFEST_SECONDS = 10.0
 #: How often a peer looks whether it is still connected, and remembers whom it knows.
 CARE_SECONDS = 5.0
 MAX_REMEMBERED = 64
+#: While others are connected, some of those known and lost are dialled this often.
+REDIAL_SECONDS = 60.0
+REDIAL_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,10 @@ class Node:
         await self._stack.aclose()
 
     @property
+    def started(self) -> bool:
+        return hasattr(self, "store")
+
+    @property
     def peer_id(self) -> PeerId:
         return self.identity.peer_id
 
@@ -129,8 +139,12 @@ class Node:
         return [a for a in (public or found) if "/p2p-circuit" not in a or not public][:8]
 
     async def keep_connected(self) -> None:
-        """Forever: remember who answers, hand newcomers to the DHT, dial everybody known when nobody is left."""
+        """Forever: remember who answers, hand newcomers to the DHT, and dial those known who are not connected.
+
+        Two halves of a swarm that could not reach each other for a while thus find together again.
+        """
         known = set[PeerId]()
+        last_dial = -math.inf
         while True:
             await asyncio.sleep(CARE_SECONDS)
             try:
@@ -144,8 +158,11 @@ class Node:
                     # Strangers of the libp2p world may connect too: what no invite could name is forgotten.
                     kept = [a for a in dict.fromkeys(found + self.folder.peers()) if is_address(a)]
                     self.folder.save_peers(kept[:MAX_REMEMBERED])
-                else:
-                    await self.dial(self.folder.peers())
+                now = asyncio.get_running_loop().time()
+                lost = [a for a in self.folder.peers() if not a.endswith(tuple(peers))]
+                if lost and (not peers or now - last_dial > REDIAL_SECONDS):
+                    last_dial = now
+                    await self.dial(lost if not peers else random.sample(lost, min(len(lost), REDIAL_AT_ONCE)))
             except (PotluckError, OSError) as error:
                 self.emit("net.care.failed", error=str(error))
 
@@ -156,19 +173,28 @@ class Node:
 
     async def fetch_manifest(self, invite: Invite) -> SignedManifest:
         """From any connected peer; checked against the invite's run id. Raises NetworkError or ManifestError."""
+
+        async def ask(peer: PeerId) -> SignedManifest:
+            reply = await self.rpc.call(
+                peer,
+                MANIFEST_METHOD,
+                {"run": invite.run_id},
+                timeout_seconds=MANIFEST_SECONDS,
+                max_response_bytes=MAX_MANIFEST_BYTES,
+            )
+            return SignedManifest.decode(bytes(reply.body), invite.run_id)
+
+        asked = [asyncio.create_task(ask(peer)) for peer in await self.connected()]
         failures: list[PotluckError] = []
-        for peer in await self.connected():
-            try:
-                reply = await self.rpc.call(
-                    peer,
-                    MANIFEST_METHOD,
-                    {"run": invite.run_id},
-                    timeout_seconds=10.0,
-                    max_response_bytes=MAX_MANIFEST_BYTES,
-                )
-                return SignedManifest.decode(bytes(reply.body), invite.run_id)
-            except (RpcError, ManifestError) as error:
-                failures.append(error)
+        try:
+            for answer in asyncio.as_completed(asked):
+                try:
+                    return await answer
+                except (RpcError, ManifestError) as error:
+                    failures.append(error)
+        finally:
+            for task in asked:
+                task.cancel()
         manifest_errors = [e for e in failures if isinstance(e, ManifestError)]
         if manifest_errors:
             raise manifest_errors[0]

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,20 +27,20 @@ from potluck.dht.directory import Directory
 from potluck.dht.invite import Invite, is_address
 from potluck.dht.manifest import Manifest, RunId, SignedManifest
 from potluck.dht.manifest import sign as sign_manifest
-from potluck.dht.records import Replica
-from potluck.dht.shards import shard_of
 from potluck.dht.template import load_toml
-from potluck.errors import ClockError, IdentityError, ManifestError, NetworkError, PotluckError, StateError, UserError
+from potluck.errors import ClockError, ManifestError, NetworkError, UserError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.fetch import fetch
 from potluck.net.identity import Identity
 from potluck.peer.build import MODULE, Parts, build, initial_state, outer_of, rules_of, same_draft
 from potluck.peer.clock import SAID_SECONDS, RunClock
 from potluck.peer.control import ControlServer
-from potluck.peer.events import EventLog
+from potluck.peer.events import EventLog, Twentieths
+from potluck.peer.hardware import choose_device
 from potluck.peer.home import Home, RunFolder
-from potluck.peer.node import NetworkSettings, Node
-from potluck.swarm.checkpoints import CheckpointStore
+from potluck.peer.node import DIAL_SECONDS, NetworkSettings, Node
+from potluck.peer.presence import Presence, new_session
+from potluck.swarm.checkpoints import CheckpointStore, CheckpointWriter
 from potluck.swarm.codecs import CODEC_NAMES, make_codec
 from potluck.swarm.data import assigned_offsets
 from potluck.swarm.exchange import NetworkExchange
@@ -51,6 +51,9 @@ from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 from potluck.swarm.waits import WaitBoard
 
 CLOCK_CHECK_SECONDS = 30.0
+#: What a step or a fetch under way gets to end by itself when the peer is stopped.
+STOP_SECONDS = 1.0
+THETA_0_SECONDS = 300.0
 #: Held-out windows evaluated at the start of each round: the loss curve costs little beside the round's steps.
 EVALUATED_WINDOWS = 8
 
@@ -91,12 +94,12 @@ class Peer:
     async def host(self, manifest_file: Path, start_in_seconds: float = 2.0) -> Run:
         """Sign the manifest (or find the run that this home already started from it) and take part in it."""
         draft = load_toml(manifest_file)
-        draft_manifest = draft.finish(self.identity.peer_id, created=0.0, genesis=0.0)
-        for folder in self.home.runs():
-            signed = folder.manifest()
-            if signed and same_draft(signed.manifest, draft_manifest):
-                return await self._take_part(folder, signed, None)
-        theta_0 = await asyncio.to_thread(initial_state, draft_manifest)
+        unsigned = draft.finish(self.identity.peer_id, created=0.0, genesis=0.0)
+        unsigned.check_known(codecs=CODEC_NAMES)
+        choose_device(self.settings.device)
+        if folder := self._hosted(unsigned):
+            return await self._take_part(folder, folder.manifest(), None)
+        theta_0 = await asyncio.to_thread(initial_state, unsigned)
         now = time.time()
         signed = sign_manifest(
             draft.finish(
@@ -111,6 +114,18 @@ class Peer:
         folder = self.home.run(signed.run_id)
         folder.save_manifest(signed)
         return await self._take_part(folder, signed, None)
+
+    def _hosted(self, unsigned: Manifest) -> RunFolder | None:
+        """The run that was started here from this manifest. One that never came to train is forgotten: nobody joined it
+        before its first checkpoint, and its rounds would have been counting since."""
+        for folder in self.home.runs():
+            signed = folder.manifest()
+            if signed and same_draft(signed.manifest, unsigned):
+                if any(folder.checkpoints(MODULE).glob("round-*")):
+                    return folder
+                with folder.locked():
+                    folder.remove()
+        return None
 
     async def join(self, invite: str | Invite) -> Run:
         """Take part in the run that an invite names. Raises ManifestError, NetworkError, ClockError, ..."""
@@ -141,21 +156,19 @@ class Run:
         relays = invite.peers if invite else ()
         self.node = Node(self.identity, folder, self.clock, self.events.emit, self.settings.network, relays)
         self._signed, self._invite = signed, invite
-        self._session = secrets.token_bytes(16)
-        self._started = time.time()
+        self._session = new_session()
+        self._loop = asyncio.get_running_loop()
         self._stack = AsyncExitStack()
         self._reports: asyncio.Queue[RoundReport | None] = asyncio.Queue()
         self._rounds_left: int | None = None
-        self._progress = 0
-        self._training: asyncio.Task[ReplicaState] | None = None
+        self._fetched, self._read = Twentieths(), Twentieths()
+        self._training: asyncio.Task[None] | None = None
         self._parts: Parts | None = None
         self._directory: Directory | None = None
         self._checkpoints: CheckpointStore | None = None
-        self._wrote: asyncio.Task[None] | None = None
+        self._writer: CheckpointWriter | None = None
+        self._presence: Presence | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._fatal: asyncio.Future[PotluckError] = asyncio.get_running_loop().create_future()
-        self._first_round = 0
-        self._visible: list[str] = []
 
     # ---- joining --------------------------------------------------------------------------------------------
 
@@ -172,39 +185,61 @@ class Run:
         self.events.close()
 
     async def _start(self) -> None:
-        self._say("network", "the libp2p daemon to start", 30)
-        await self._stack.enter_async_context(self.node)
         control = ControlServer(
             self.folder.control_socket, {"status": self.status, "why": self.why, "leave": self._leave}
         )
         await self._stack.enter_async_context(control)
+        with self._phase("network", "the libp2p daemon to start", 30, "the peer gives up"):
+            await self._stack.enter_async_context(self.node)
         await self._connect()
         if self._signed is None:
             assert self._invite is not None
-            self._signed = await self.node.fetch_manifest(self._invite)
+            with self._phase("manifest", "the run's manifest from a connected peer", 10, "the peer gives up"):
+                self._signed = await self.node.fetch_manifest(self._invite)
             self.folder.save_manifest(self._signed)
         self.manifest.check_known(codecs=CODEC_NAMES)
         self.node.publish_manifest(self._signed)
-        await self._check_clock(first=True)
-        self._say("building", "model and data", 300)
-        own = self.manifest.organizer == self.identity.peer_id
-        self._parts = await asyncio.to_thread(
-            build, self.manifest, self.settings.device, self.settings.threads, self.settings.data, own
+        with self._phase("clock", "the clocks of connected peers", 6, "this machine's clock is taken as it is"):
+            await self._check_clock(first=True)
+        with self._phase("building", "model and data to be built", 300, "it goes on: data may be large"):
+            self._parts = await asyncio.to_thread(self._build)
+        with self._phase("directory", "the run's directory", 30, "the peer starts without it and asks again"):
+            await self._enter_directory()
+        self.replica = self._make_replica(self._parts)
+        self.phase = "training"
+
+    def _build(self) -> Parts:
+        return build(
+            self.manifest,
+            self.settings.device,
+            self.settings.threads,
+            self.settings.data,
+            own_manifest=self.manifest.organizer == self.identity.peer_id,
+            on_progress=self._on_reading,
         )
+
+    async def _enter_directory(self) -> None:
+        rounds = self.manifest.rounds
         self._directory = await self.node.join_dht(
             self.run_id,
-            max_ahead_seconds=(self.manifest.rounds.retain + 3) * self.manifest.rounds.seconds + 60,
-            wait_seconds=min(3.0, max(0.5, self.manifest.rounds.exchange_seconds / 4)),
+            max_ahead_seconds=(rounds.retain + 3) * rounds.seconds + 60,
+            wait_seconds=min(3.0, max(0.5, rounds.exchange_seconds / 4)),
         )
-        self._visible = await self.node.addresses()
-        self.replica = await self._make_replica(self._parts, self._directory)
-        self.phase = "training"
+        self._presence = Presence(
+            self._directory,
+            self.identity.peer_id,
+            role="organizer" if self.manifest.organizer == self.identity.peer_id else "worker",
+            name=self.settings.name,
+            session=self._session,
+            emit=self.events.emit,
+        )
+        self._presence.addresses = await self.node.addresses()
 
     async def _connect(self) -> None:
         invited = list(self._invite.peers) if self._invite else []
         addresses = [*invited, *self.folder.peers()]
-        self._say("connecting", f"one of {len(addresses)} known peers", 10)
-        results = await self.node.dial(addresses)
+        with self._phase("connecting", f"one of {len(addresses)} known peers", DIAL_SECONDS, "the peer gives up"):
+            results = await self.node.dial(addresses)
         failures = [f"{address}: {why}" for address, why in results.items() if not address.endswith(why)]
         if failures and len(failures) == len(results):
             if self._signed is None:
@@ -224,10 +259,14 @@ class Run:
         elif first:
             self.events.emit("peer.clock.checked", seconds=measured)
 
-    async def _make_replica(self, parts: Parts, directory: Directory) -> GossipReplica:
+    def _make_replica(self, parts: Parts) -> GossipReplica:
+        assert self._directory
         manifest = self.manifest
         self._checkpoints = CheckpointStore(
             self.folder.checkpoints(MODULE), self.run_id, self.settings.keep_checkpoints
+        )
+        self._writer = CheckpointWriter(
+            self._checkpoints, lambda error: self.events.emit("peer.checkpoint.failed", error=str(error))
         )
         return GossipReplica(
             peer=self.identity.peer_id,
@@ -237,7 +276,7 @@ class Run:
             codec=make_codec(manifest.codec.name, manifest.codec.parameters),
             outer=outer_of(manifest),
             exchange=NetworkExchange(
-                directory,
+                self._directory,
                 self.node.rpc,
                 self.node.store,
                 retain_seconds=(manifest.rounds.retain + 2) * manifest.rounds.seconds,
@@ -256,17 +295,20 @@ class Run:
     # ---- training -------------------------------------------------------------------------------------------
 
     async def train(self) -> None:
-        """Rounds until asked to leave. Raises what ends a peer: ClockError, IdentityError, DaemonError."""
-        assert self.replica and self._parts
-        start = await self._starting_state(self._parts)
-        self._first_round = rules_of(self.manifest).clock.round_at(self.clock.now())
+        """Rounds until asked to leave. Raises what ends a peer: IdentityError, DaemonError, HardwareError.
+
+        When this is cancelled, a step or a fetch under way gets a second to end by itself.
+        """
+        assert self.replica and self._parts and self._presence
+        start, genuine = await self._starting_state(self._parts)
+        self._presence.first_round = rules_of(self.manifest).clock.round_at(self.clock.now())
         care = [
             asyncio.create_task(self.node.keep_connected()),
             asyncio.create_task(self._watch_clock()),
             asyncio.create_task(self.node.until_daemon_fails()),
-            asyncio.create_task(self._until_fatal()),
+            asyncio.create_task(self._until_taken()),
         ]
-        training = self._training = asyncio.create_task(self.replica.run(start))
+        training = asyncio.create_task(self.replica.run(start, None if genuine else self._download_theta_0))
         try:
             await asyncio.wait([training, *care], return_when=asyncio.FIRST_COMPLETED)
             for task in (*care, training):
@@ -274,62 +316,68 @@ class Run:
                     await task
         finally:
             self.replica.stop()
-            for task in care:
-                task.cancel()
-            for task in self._tasks:
+            await asyncio.wait([training], timeout=STOP_SECONDS)
+            for task in (training, *care, *self._tasks):
                 task.cancel()
             await asyncio.gather(training, *care, *self._tasks, return_exceptions=True)
-            if self._wrote:
-                await self._wrote
+            if self._writer:
+                await self._writer.close()
             self.phase = "left"
 
     async def rounds(self, at_most: int | None = None) -> AsyncIterator[RoundReport]:
         """Train, and yield each round's report as it is applied. `at_most`: leave after so many rounds."""
         self._rounds_left = at_most
-        training = asyncio.create_task(self.train())
+        training = self._training = asyncio.create_task(self.train())
         training.add_done_callback(lambda _: self._reports.put_nowait(None))
         try:
             while (report := await self._reports.get()) is not None:
                 yield report
         finally:
             self.stop()
-            await training
+            await asyncio.wait([training])
+        if not training.cancelled():
+            training.result()
 
     def stop(self) -> None:
         """Leave at once (Ctrl-C): the round in progress is given up, the last checkpoint stays."""
-        if self.replica:
-            self.replica.stop()
         if self._training:
-            # A step or a fetch under way gets a second to end by itself.
-            asyncio.get_running_loop().call_later(1.0, self._training.cancel)
+            self._training.cancel()
 
-    async def _starting_state(self, parts: Parts) -> ReplicaState:
-        """The newest checkpoint, else theta_0: built from the seed, or downloaded where the seed gives other bits."""
+    async def _starting_state(self, parts: Parts) -> tuple[ReplicaState, bool]:
+        """The newest checkpoint, else theta_0 as this machine draws it from the seed; False if that is not the run's.
+
+        Unlike processors may draw unlike bits. Then the group's state, or theta_0 from another peer, takes its place.
+        """
         assert self._checkpoints and self.replica
         saved = await asyncio.to_thread(self._checkpoints.latest, parts.theta_0.layout, MODULE)
         if saved:
             if self.replica.residual is not None and saved.residual is not None:
                 self.replica.residual[:] = saved.residual
             self.events.emit("peer.checkpoint.loaded", round=saved.state.round)
-            return saved.state
+            return saved.state, True
         wanted = self.manifest.model.initial_state
-        if wanted is None or wanted == parts.theta_0.digest:
-            return parts.theta_0
-        return await self._download_theta_0(parts.theta_0, wanted)
+        genuine = wanted is None or wanted == parts.theta_0.digest
+        if not genuine:
+            self.events.emit("peer.theta0.differs", ours=parts.theta_0.digest, wanted=wanted)
+        return parts.theta_0, genuine
 
-    async def _download_theta_0(self, ours: ReplicaState, wanted: str) -> ReplicaState:
-        self.events.emit("peer.theta0.differs", ours=ours.digest, wanted=wanted)
+    async def _download_theta_0(self) -> ReplicaState:
+        assert self._parts and self.manifest.model.initial_state
+        ours = self._parts.theta_0
         size = state_bytes(ours.layout, ours.velocity is not None)
         if self.manifest.model.initial_bytes != size:
             raise ManifestError("model.initial_bytes does not fit the model that the manifest describes")
-        fetched = await fetch(
-            self.node.rpc,
-            BlobRef(BlobId(wanted), size),
-            await self.node.connected(),
-            timeout_seconds=300.0,
-            max_bytes=size,
-            store=self.node.store,
-        )
+        until = self.clock.now() + THETA_0_SECONDS
+        with self.waits.waiting(f"theta_0 ({size / 2**20:.1f} MiB) from connected peers", until, "the peer gives up"):
+            fetched = await fetch(
+                self.node.rpc,
+                BlobRef(BlobId(self.manifest.model.initial_state), size),
+                await self.node.connected(),
+                timeout_seconds=THETA_0_SECONDS,
+                max_bytes=size,
+                store=self.node.store,
+                on_progress=self._on_progress,
+            )
         return parse_state(fetched, MODULE, ours.layout, ours.velocity is not None)
 
     def _batches(self, round_: Round) -> Iterator[torch.Tensor]:
@@ -343,61 +391,17 @@ class Run:
             first += size
 
     async def _on_state(self, state: ReplicaState, residual: Flat | None) -> None:
-        """Checkpoint in the background; a write still under way is waited for, so that at most one is missing."""
-        if self._wrote:
-            await self._wrote
-        copy = None if residual is None else residual.copy()
-        self._wrote = asyncio.create_task(self._save(state, copy))
+        assert self._writer
+        self._writer.save(state, residual)
         if state.round == 0:
             # theta_0 stays available for those whose machines draw other initial weights from the seed.
             await asyncio.to_thread(lambda: self.node.store.put(b"".join(state.buffers), pin=True))
         await self._announce(state)
 
-    async def _save(self, state: ReplicaState, residual: Flat | None) -> None:
-        assert self._checkpoints
-        try:
-            await asyncio.to_thread(self._checkpoints.save, state, residual)
-        except StateError as error:
-            self.events.emit("peer.checkpoint.failed", error=str(error))
-
     async def _announce(self, state: ReplicaState) -> None:
-        assert self._directory and self.replica
-        record = Replica(
-            module=MODULE,
-            shard=shard_of(self.identity.peer_id, 0, self.replica.shards),
-            round=state.round,
-            role="organizer" if self.manifest.organizer == self.identity.peer_id else "worker",
-            digest=bytes.fromhex(state.digest),
-            session=self._session,
-            started=self._started,
-            addresses=self._visible[:4],
-            name=self.settings.name[:64],
-        )
+        assert self._presence and self.replica
         expires = self.clock.now() + 3 * self.manifest.rounds.seconds
-        self._background(self._publish_announcement(record, expires))
-
-    async def _publish_announcement(self, record: Replica, expires_at: float) -> None:
-        assert self._directory
-        try:
-            view = await self._directory.replicas(MODULE, record.shard, timeout_seconds=5.0)
-            self._check_identity([signed.record for signed in view.records if signed.peer == self.identity.peer_id])
-            await self._directory.publish(record, expires_at, 5.0)
-        except PotluckError as error:
-            self.events.emit("peer.announce.failed", error=str(error))
-
-    def _check_identity(self, own: Sequence[Replica]) -> None:
-        """Of two processes with one identity the newer one ends. Our former self applied at most one round early."""
-        for record in own:
-            elsewhere = record.session != self._session and record.started < self._started
-            if elsewhere and record.round >= self._first_round + 2:
-                if self._fatal.done():
-                    return
-                self._fatal.set_result(
-                    IdentityError(
-                        f"another process trains with this identity (at {', '.join(record.addresses[:1])}): "
-                        "stop it, or give this one another --home with an identity of its own"
-                    )
-                )
+        self._background(self._presence.announce(state, self.replica.shards, expires))
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         """A task that is owned: it ends with the run."""
@@ -405,8 +409,9 @@ class Run:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _until_fatal(self) -> None:
-        raise await self._fatal
+    async def _until_taken(self) -> None:
+        assert self._presence
+        raise await self._presence.taken
 
     async def _watch_clock(self) -> None:
         while True:
@@ -451,10 +456,18 @@ class Run:
             "rounds_alone": replica.rounds_alone if replica else 0,
             "group": list(last.group) if last else [],
             "agree": last.agree if last else None,
+            "clock_offset_seconds": self.clock.offset,
+            **await self._network_status(),
+        }
+
+    async def _network_status(self) -> dict[str, Any]:
+        if not self.node.started:
+            none = {"connected_peers": 0, "bytes_sent": 0, "bytes_received": 0, "daemon_restarts": 0}
+            return {**none, "invite": None}
+        return {
             "connected_peers": len(await self.node.connected()),
             "bytes_sent": self.node.rpc.bytes_sent,
             "bytes_received": self.node.rpc.bytes_received,
-            "clock_offset_seconds": self.clock.offset,
             "daemon_restarts": self.node.host.restarts,
             "invite": str(await self.invite()),
         }
@@ -478,9 +491,8 @@ class Run:
         return {"leaving_after_round": round_}
 
     def _on_progress(self, done: int, total: int) -> None:
-        """Of a state's download; told at each twentieth."""
-        if done * 20 // total > self._progress or done < total * self._progress // 20:
-            self._progress = done * 20 // total
+        """Of a state's download."""
+        if self._fetched.passed(done, total):
             self.events.emit("swarm.state.progress", bytes=done, of=total)
 
     def _on_event(self, name: str, **fields: Any) -> None:
@@ -492,9 +504,17 @@ class Run:
                 if self._rounds_left == 0:
                     self.replica.finish()
 
-    def _say(self, phase: str, what: str, seconds: float) -> None:
+    def _on_reading(self, done: int, total: int) -> None:
+        """Of the training data, from the building thread."""
+        if self._read.passed(done, total):
+            self._loop.call_soon_threadsafe(partial(self.events.emit, "data.read", bytes=done, of=total))
+
+    @contextmanager
+    def _phase(self, phase: str, what: str, seconds: float, then: str) -> Iterator[None]:
         self.phase = phase
         self.events.emit("peer.phase", phase=phase, waiting_for=what, at_most_seconds=seconds)
+        with self.waits.waiting(what, self.clock.now() + seconds, then):
+            yield
 
 
 __all__ = ["Peer", "PeerSettings", "Run"]

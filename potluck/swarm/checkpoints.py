@@ -8,9 +8,11 @@ synced and renamed. A kill -9 at any instant leaves the previous one.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +115,36 @@ class CheckpointStore:
 
     def _complete(self) -> list[Path]:
         return sorted(p for p in self.root.glob("round-*") if (p / "meta.json").exists())
+
+
+class CheckpointWriter:
+    """Saves in the background. Of the states that come while one is being written, only the newest is written next."""
+
+    #: A disk that hangs may not hold up the end of the process.
+    CLOSE_SECONDS = 2.0
+
+    def __init__(self, store: CheckpointStore, on_error: Callable[[StateError], None]) -> None:
+        self._store, self._on_error = store, on_error
+        self._next: tuple[ReplicaState, Flat | None] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def save(self, state: ReplicaState, residual: Flat | None) -> None:
+        self._next = (state, None if residual is None else residual.copy())
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._write())
+
+    async def _write(self) -> None:
+        while self._next is not None:
+            (state, residual), self._next = self._next, None
+            try:
+                await asyncio.to_thread(self._store.save, state, residual)
+            except StateError as error:
+                self._on_error(error)
+
+    async def close(self) -> None:
+        """Wait for what is being written, a little."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=self.CLOSE_SECONDS)
 
 
 def _file_sha256(path: Path) -> str:

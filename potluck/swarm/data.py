@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +43,13 @@ class DataSpec(Protocol):
     @property
     def split(self) -> str: ...
     @property
+    def documents(self) -> int: ...
+    @property
     def seed(self) -> int: ...
+
+
+#: (done, in total): bytes of files, or documents of a data set; the total is 0 where nobody knows it.
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,12 @@ def assigned_offsets(
     return (raw % np.uint64(corpus.train.size - corpus.sequence_length)).astype(np.int64)
 
 
-def load_corpus(spec: DataSpec, override: str | None = None, own_manifest: bool = False) -> Corpus:
+def load_corpus(
+    spec: DataSpec,
+    override: str | None = None,
+    own_manifest: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Corpus:
     """Read and tokenize a run's data (seconds for the embedded source).
 
     `override`: the source this volunteer chose instead (`--data`). A stranger's manifest may not name this machine's
@@ -96,7 +108,7 @@ def load_corpus(spec: DataSpec, override: str | None = None, own_manifest: bool 
     train: list[np.ndarray] = []
     held_out: list[np.ndarray] = []
     tokenize = _tokenizer(spec.tokenizer)
-    for name, text in _blocks(source, spec):
+    for name, text in _blocks(source, spec, on_progress or (lambda done, total: None)):
         (held_out if _is_held_out(name, spec) else train).append(tokenize(text))
     if not train and not held_out:
         raise UserError(f"data.source {source!r} holds no text")
@@ -118,44 +130,58 @@ def _refuse_local_files(source: str) -> None:
         )
 
 
-def _blocks(source: str, spec: DataSpec) -> Iterator[tuple[str, bytes]]:
+def _blocks(source: str, spec: DataSpec, progress: OnProgress) -> Iterator[tuple[str, bytes]]:
     kind, _, where = source.partition(":")
     if source == "python-stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         sources = [p for p in root.rglob("*.py") if "site-packages" not in p.parts]
-        yield from _file_blocks(root, sorted(sources))
+        yield from _file_blocks(root, sorted(sources), progress)
     elif kind == "text":
         root = Path(where).expanduser()
         if not root.exists():
             raise UserError(f"data.source: {where!r} does not exist; name a file or folder of text")
         files = [root] if root.is_file() else [p for p in root.rglob("*") if p.is_file()]
-        yield from _file_blocks(root if root.is_dir() else root.parent, sorted(files))
+        yield from _file_blocks(root if root.is_dir() else root.parent, sorted(files), progress)
     elif kind == "hf":
-        yield from _dataset_blocks(where, spec)
+        yield from _dataset_blocks(where, spec, progress)
     else:
         raise ManifestError(f"data.source: unknown source {source!r}; use python-stdlib, text:PATH or hf:NAME")
 
 
-def _file_blocks(root: Path, files: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
-    for path in files:
-        content = path.read_bytes()
-        for i in range(0, len(content), BLOCK):
-            yield f"{path.relative_to(root).as_posix()}#{i // BLOCK}", content[i : i + BLOCK]
+def _file_blocks(root: Path, files: Iterable[Path], progress: OnProgress) -> Iterator[tuple[str, bytes]]:
+    files = list(files)
+    done = 0
+    try:
+        total = sum(path.stat().st_size for path in files)
+        for path in files:
+            content = path.read_bytes()
+            for i in range(0, len(content), BLOCK):
+                yield f"{path.relative_to(root).as_posix()}#{i // BLOCK}", content[i : i + BLOCK]
+            done += len(content)
+            progress(done, total)
+    except OSError as error:
+        raise UserError(f"data.source: cannot read {error.filename}: {error.strerror}") from None
 
 
-def _dataset_blocks(name: str, spec: DataSpec) -> Iterator[tuple[str, bytes]]:
+def _dataset_blocks(name: str, spec: DataSpec, progress: OnProgress) -> Iterator[tuple[str, bytes]]:
+    """One block for each document. With `documents` the data set is streamed, and only its first ones are read."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError("data.source hf: needs the package `datasets`: pip install 'potluck[data]'") from None
     try:
-        rows = load_dataset(str(Path(name).expanduser()) if Path(name).exists() else name, split=spec.split)
+        where = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+        rows = load_dataset(where, split=spec.split, streaming=spec.documents > 0)
+        columns = rows.column_names or list(next(iter(rows)))
     except Exception as error:  # datasets raises a family of its own exceptions; all mean: not loadable
         raise UserError(f"data.source hf:{name} does not load (split {spec.split!r}): {error}") from None
-    if spec.text_field not in rows.column_names:
-        raise UserError(f"data.text_field: {name} has no column {spec.text_field!r}, only {rows.column_names}")
-    for i, row in enumerate(rows):
+    if spec.text_field not in columns:
+        raise UserError(f"data.text_field: {name} has no column {spec.text_field!r}, only {columns}")
+    total = spec.documents or len(rows)
+    for i, row in enumerate(islice(rows, total)):
         yield f"row#{i}", str(row[spec.text_field]).encode()
+        if i % 256 == 255:
+            progress(i + 1, total)
 
 
 def _is_held_out(block: str, spec: DataSpec) -> bool:

@@ -62,8 +62,8 @@ def blend(
     """(theta with its fragment moved to the group's mean, our distance from the group).
 
     `own` and `others` are decoded fragments, the others in peer-id order. Each difference from ours is clipped to
-    twice the (lower) median of their norms: one that lies moves us little farther than the others do. The distance is the root mean
-    square of (coordinate-wise median - own), which a minority cannot set; 0 with fewer than three members.
+    twice the (lower) median of their norms: one that lies moves us little farther than the others do. The distance is
+    the root mean square of (coordinate-wise median - own), which a minority cannot set; 0 with fewer than three.
     """
     differences = [np.subtract(other, own) for other in others]
     norms = [norm(difference) for difference in differences]

@@ -54,13 +54,8 @@ def transformers_config(spec: ModelSpec) -> Any:
         raise ManifestError(f"model.config: {error}") from None
 
 
-def build_module(spec: ModelSpec, module: str = "stage.0") -> nn.Module:
-    """The named module in float32 on the CPU, initialized from the manifest's seed. Same bits for every caller.
-
-    Raises ManifestError if the model cannot be built.
-    """
-    if spec.stages != 1 or module != "stage.0":
-        raise ManifestError(f"model.stages = {spec.stages}: this version trains runs of one stage only")
+def count_parameters(spec: ModelSpec) -> int:
+    """How many the model has, without allocating them. Raises ManifestError if it cannot be built or has too many."""
     from transformers import AutoModelForCausalLM
 
     config = transformers_config(spec)
@@ -69,9 +64,23 @@ def build_module(spec: ModelSpec, module: str = "stage.0") -> nn.Module:
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:
         raise ManifestError(f"model.config: transformers cannot build this {spec.family}: {error}") from None
-    parameters = sum(p.numel() for p in skeleton.parameters())
+    parameters: int = sum(p.numel() for p in skeleton.parameters())
     if parameters > MAX_PARAMETERS:
         raise ManifestError(f"model.config: {parameters:,} parameters; at most {MAX_PARAMETERS:,} are allowed")
+    return parameters
+
+
+def build_module(spec: ModelSpec, module: str = "stage.0") -> nn.Module:
+    """The named module in float32 on the CPU, initialized from the manifest's seed. Same bits for every caller.
+
+    Raises ManifestError if the model cannot be built. `count_parameters` says beforehand whether it fits in memory.
+    """
+    count_parameters(spec)
+    if spec.stages != 1 or module != "stage.0":
+        raise ManifestError(f"model.stages = {spec.stages}: this version trains runs of one stage only")
+    from transformers import AutoModelForCausalLM
+
+    config = transformers_config(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

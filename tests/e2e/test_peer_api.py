@@ -54,8 +54,9 @@ def test_a_peer_whose_seed_gives_other_weights_downloads_theta_0(monkeypatch: py
             assert joined._parts is not None
             wanted = hosted.manifest.model.initial_state
             assert joined._parts.theta_0.digest != wanted
-            state = await joined._starting_state(joined._parts)
-            assert state.digest == wanted
+            state, genuine = await joined._starting_state(joined._parts)
+            assert not genuine and state.digest != wanted
+            assert (await joined._download_theta_0()).digest == wanted
             hosted.stop()
             await training
 

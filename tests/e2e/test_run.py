@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ import pytest
 from potluck.peer.control import ask
 from potluck.peer.party import Member, Party
 
-from real import potluck, run_party, sockets_of, write_manifest
+from real import potluck, processes_of, run_party, short_folder, sockets_of, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -141,6 +145,42 @@ def test_ctrl_c_leaves_within_seconds_and_joining_again_resumes() -> None:
         await party.leave(organizer)
 
     run_party(body)
+
+
+@pytest.mark.parametrize("phase", ["network", "building", "directory", "training"])
+def test_a_stop_in_any_phase_is_clean_and_why_says_what_it_waited_for(phase: str) -> None:
+    async def body(party: Party) -> None:
+        peer = await party.start("peer", "host", str(write_manifest(party.root)), wait=False)
+        if phase == "training":
+            await party.until("a round", lambda: bool(peer.of("swarm.round.started")), 120)
+        else:
+            await party.until(phase, lambda: any(e["phase"] == phase for e in peer.of("peer.phase")), 120)
+        answer = await ask(peer.folder.control_socket, "why", timeout_seconds=20)
+        assert answer["waits"] and all(wait["until"] > wait["since"] for wait in answer["waits"])
+
+        assert peer.process and peer.reader
+        peer.process.terminate()
+        await asyncio.wait_for(peer.process.wait(), 20)  # promised within 5 s; the machine may be busy
+        await peer.reader
+        assert peer.process.returncode == (0 if phase == "training" else 130)
+        assert "forced" not in peer.stderr.decode() and "Traceback" not in peer.stderr.decode()
+        assert not sockets_of(party.root)
+
+    run_party(body)
+
+
+def test_a_demo_that_is_stopped_leaves_nothing() -> None:
+    with short_folder() as folder:
+        command = [sys.executable, "-m", "potluck", "demo", "--fast", "--out", str(folder / "out")]
+        demo = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(folder)}, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while len(processes_of(folder)) < 4:  # itself, the organizer, its daemon, a worker
+            assert time.monotonic() < deadline and demo.poll() is None
+            time.sleep(0.1)
+        demo.terminate()
+        demo.communicate(timeout=60)
+        assert demo.returncode == 130
+        assert not list(folder.glob("potluck-demo-*"))
 
 
 def test_two_processes_with_one_identity_are_not_both_let_in() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -397,3 +398,35 @@ def test_malformed_requests_are_answered_with_an_error(short_dir: Path, head: di
                 assert error.value.kind in ("ProtocolError", "BlobNotFound")
 
     asyncio.run(main())
+
+
+def test_what_an_earlier_session_left_goes_unless_pinned(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 1 << 20)
+    old, pinned = store.put(b"old").id, store.put(b"pinned", pin=True).id
+    for path in tmp_path.iterdir():
+        os.utime(path, (1.0, 1.0))
+    new = store.put(b"new").id
+    again = BlobStore(tmp_path, 1 << 20)
+    again.remove_older(3600)
+    assert (again.has(old), again.has(pinned), again.has(new)) == (False, True, True)
+
+
+def test_a_slow_disk_does_not_keep_readers_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BlobStore(tmp_path, 1 << 20)
+    ready = store.put(b"ready").id
+    writing, go_on = threading.Event(), threading.Event()
+    write = BlobStore._write
+
+    def slow(self: BlobStore, path: Path, data: Any, sync: bool) -> None:
+        writing.set()
+        assert go_on.wait(30)
+        write(self, path, data, sync)
+
+    monkeypatch.setattr(BlobStore, "_write", slow)
+    thread = threading.Thread(target=store.put, args=(b"slow",))
+    thread.start()
+    assert writing.wait(30)
+    assert bytes(store.chunk(ready, 0)) == b"ready" and store.used_bytes == len(b"ready") + len(b"slow")
+    go_on.set()
+    thread.join()
+    assert store.used_bytes == len(b"ready") + len(b"slow") and len(store.ids()) == 2

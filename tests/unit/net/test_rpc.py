@@ -18,7 +18,7 @@ from potluck.errors import (
     RpcTimeout,
 )
 from potluck.net.host import PeerId
-from potluck.net.rpc import HELLO, Reply, Rpc, RpcLimits
+from potluck.net.rpc import HELLO, Reply, Rpc, RpcLimits, _ErrorHead, _received_error
 from potluck.net.wire import HEADER, Kind, encode
 
 from fake_net import network
@@ -476,3 +476,24 @@ def test_a_method_is_registered_once(short_dir: Path) -> None:
                 a.register("echo", echo)
 
     asyncio.run(main())
+
+
+def test_streams_that_never_say_hello_count_too(short_dir: Path) -> None:
+    async def main() -> None:
+        async with network(short_dir) as net:
+            a = await net.rpc("a", RpcLimits(lanes_per_peer=3, hello_timeout_seconds=30))
+            silent = [await net.raw(a) for _ in range(3)]
+            await until(lambda: len(a._greeting) == 3)
+            reader, _ = await net.raw(a)
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+            for _, writer in silent:
+                writer.close()
+            await until(lambda: not a._greeting)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("told", [float("nan"), float("inf"), -1.0, 0.0, 1e300])
+def test_what_a_stranger_tells_us_to_wait_is_bounded(told: float) -> None:
+    error = _received_error(PeerId("p"), "m", _ErrorHead("RpcRefused", "busy", told))
+    assert isinstance(error, RpcRefused) and 0.01 <= error.retry_after_seconds <= 60

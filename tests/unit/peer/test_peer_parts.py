@@ -12,20 +12,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from potluck.dht.manifest import RunId, sign
+from potluck.dht.records import Replica, Signed
 from potluck.dht.template import preset_draft
-from potluck.errors import ClockError, HardwareError, NetworkError, UserError
+from potluck.errors import ClockError, HardwareError, ManifestError, NetworkError, StateError, UserError
 from potluck.net.host import PeerId
 from potluck.net.identity import Identity
 from potluck.peer import events as events_module
 from potluck.peer import hardware
 from potluck.peer.clock import RunClock
 from potluck.peer.control import ControlServer, ask
-from potluck.peer.events import EventLog
+from potluck.peer.events import EventLog, Twentieths
 from potluck.peer.home import Home
+from potluck.peer.presence import Presence
+from potluck.peer.worker import Peer
+from potluck.swarm.layout import Layout
+from potluck.swarm.phases import Round
+from potluck.swarm.state import ReplicaState
+
+PEER = "12D3KooWCHA12mx7eyUNJDQNmAoz4n2ds3sLWmpNzPhTgciM4uPR"
 
 
 @pytest.fixture
@@ -98,7 +107,7 @@ def test_events_reach_subscribers_and_a_log_that_stays_bounded(tmp_path: Path, m
 def test_devices_that_are_not_there_name_the_setting() -> None:
     assert hardware.choose_device("cpu") == torch.device("cpu")
     assert hardware.choose_device("auto").type in ("cpu", "cuda", "mps")
-    for wanted in ("tpu", "cuda:99", "mps"):
+    for wanted in ("tpu", "cuda:99", "cuda:x", "cuda:", "mps"):
         with pytest.raises(HardwareError, match="--device"):
             hardware.choose_device(wanted)
 
@@ -114,7 +123,7 @@ def test_a_model_that_does_not_fit_is_refused_before_training(monkeypatch: pytes
     monkeypatch.setattr(hardware, "free_memory", lambda device: 2**20)
     with pytest.raises(HardwareError, match="GiB"):
         hardware.fit_micro_batch(8, 64, module, cpu)
-    needed = 28 * sum(p.numel() for p in module.parameters())
+    needed = 16 * sum(p.numel() for p in module.parameters())
     monkeypatch.setattr(hardware, "free_memory", lambda device: needed + 8 * 2**20)
     assert 1 <= hardware.fit_micro_batch(10_000, 64, module, cpu) < 10_000
 
@@ -186,3 +195,130 @@ def test_control_socket_is_private_and_survives_garbage(short: Path) -> None:
 def test_identity_is_created_once(tmp_path: Path) -> None:
     home = Home(tmp_path).open()
     assert home.identity().peer_id == home.identity().peer_id == Identity.load(tmp_path / "identity.key").peer_id
+
+
+def test_a_model_too_large_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    from potluck.peer import build
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError("it was built")
+
+    monkeypatch.setattr(build, "build_module", never)
+    monkeypatch.setattr(hardware, "free_memory", lambda device: 2**20)
+    manifest = preset_draft("demo", "x").finish(PeerId(PEER), created=0.0, genesis=0.0)
+    with pytest.raises(HardwareError, match="parameters needs about"):
+        build.initial_state(manifest)
+    with pytest.raises(HardwareError, match="parameters needs about"):
+        build.build(manifest, "cpu", None, None, True)
+
+
+def test_eight_bit_moments_take_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(hardware, "free_memory", lambda device: 35 * 10**6)
+    hardware.check_fits(10**6, "adamw8bit", 1, cpu)
+    with pytest.raises(HardwareError):
+        hardware.check_fits(10**6, "adamw", 1, cpu)
+
+
+def test_tokens_without_an_embedding_are_refused() -> None:
+    from types import SimpleNamespace
+
+    from potluck.peer.build import check_vocabulary
+    from potluck.swarm.data import Corpus
+
+    corpus = Corpus(np.array([1, 2, 300], dtype=np.int32), np.array([5], dtype=np.int32), 1)
+    for size, fine in ((301, True), (300, False)):
+        text = SimpleNamespace(vocab_size=size)
+        module: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda text=text: text))
+        if fine:
+            check_vocabulary(corpus, module)
+        else:
+            with pytest.raises(ManifestError, match=r"model\.config\.vocab_size"):
+                check_vocabulary(corpus, module)
+
+
+def test_a_damaged_manifest_and_a_home_that_cannot_be_written_say_what_to_do(tmp_path: Path) -> None:
+    home = Home(tmp_path).open()
+    run = home.run(joined(home))
+    run.manifest_path.write_bytes(b"garbage")
+    with pytest.raises(StateError, match="join again"):
+        run.manifest()
+    (run.path / "lock").mkdir()
+    with pytest.raises(UserError, match="--home"), run.locked():
+        pass
+    (run.path / "peers.json").mkdir()
+    with pytest.raises(UserError, match="--home"):
+        run.save_peers([])
+    assert not list(run.path.glob(".peers*"))
+    (tmp_path / "log").mkdir()
+    with pytest.raises(UserError, match="--home"):
+        EventLog(tmp_path / "log")
+
+
+def test_progress_is_told_at_each_twentieth_and_again_for_the_next_work() -> None:
+    steps = Twentieths()
+    told = [done for done in range(1, 1001) if steps.passed(done, 1000)]
+    assert len(told) == 20 and told[-1] == 1000
+    assert steps.passed(100, 1000)
+
+
+class FakeDirectory:
+    def __init__(self, *records: Signed[Replica]) -> None:
+        self.records, self.published = records, 0
+
+    async def replicas(self, module: str, shard: int, timeout_seconds: float) -> Any:
+        from types import SimpleNamespace
+
+        return SimpleNamespace(records=self.records)
+
+    async def publish(self, record: Replica, expires_at: float, timeout_seconds: float) -> bool:
+        self.published += 1
+        return True
+
+
+@pytest.mark.parametrize(
+    ("session", "started", "round_", "ends"),
+    [
+        (b"o" * 16, 1.0, 12, True),  # an older process goes on training: we end
+        (b"o" * 16, 1.0, 11, False),  # our former self, before it was killed
+        (b"o" * 16, 2e9, 12, False),  # a newer process: it ends, not we
+        (b"m" * 16, 1.0, 12, False),  # we ourselves
+    ],
+)
+def test_of_two_processes_with_one_identity_the_newer_ends(
+    session: bytes, started: float, round_: int, ends: bool
+) -> None:
+    async def go() -> None:
+        layout = Layout.of([("w", (2,))])
+        state = ReplicaState("stage.0", layout, Round(12), layout.zeros())
+        record = Replica(
+            module="stage.0", shard=0, round=round_, digest=bytes(32), session=session, started=started, addresses=[]
+        )
+        directory: Any = FakeDirectory(Signed(record, PeerId(PEER), 0.0))
+        presence = Presence(
+            directory, PeerId(PEER), role="worker", name="", session=b"m" * 16, emit=lambda *a, **k: None
+        )
+        presence.first_round = 10
+        await presence.announce(state, 1, 0.0)
+        assert presence.taken.done() == ends and directory.published == 1
+
+    asyncio.run(go())
+
+
+def test_a_run_that_never_came_to_train_starts_anew_with_the_next_host(tmp_path: Path) -> None:
+    async def go() -> None:
+        peer = Peer.open(tmp_path)
+        identity = peer.identity
+        draft = preset_draft("demo", "x")
+        unsigned = draft.finish(identity.peer_id, created=0.0, genesis=0.0)
+        signed = sign(draft.finish(identity.peer_id, created=9.0, genesis=10.0), identity)
+        folder = peer.home.run(signed.run_id)
+        folder.save_manifest(signed)
+        (folder.checkpoints("stage.0") / "round-00000000").mkdir(parents=True)
+        found = peer._hosted(unsigned)
+        assert found and found.run_id == signed.run_id
+        (folder.checkpoints("stage.0") / "round-00000000").rmdir()
+        assert peer._hosted(unsigned) is None
+        assert peer.home.runs() == []
+
+    asyncio.run(go())

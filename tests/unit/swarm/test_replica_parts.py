@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from potluck.dht.manifest import DataPart, ModelPart, TrainingPart
 from potluck.errors import HardwareError, ManifestError, StateError, UserError
 from potluck.net.host import PeerId
-from potluck.swarm.checkpoints import CheckpointStore
+from potluck.swarm.checkpoints import CheckpointStore, CheckpointWriter
 from potluck.swarm.data import BLOCK, assigned_offsets, load_corpus
 from potluck.swarm.layout import Layout
 from potluck.swarm.local import LocalTrainer, learning_rate_at
@@ -122,7 +123,7 @@ def test_a_failed_write_leaves_the_previous_one(tmp_path: Path, monkeypatch: pyt
 SAVER = """
 import sys, numpy as np
 from pathlib import Path
-from potluck.swarm.checkpoints import CheckpointStore
+from potluck.swarm.checkpoints import CheckpointStore, CheckpointWriter
 from potluck.swarm.layout import Layout
 from potluck.swarm.state import ReplicaState
 layout = Layout.of([("a", (500, 200))])
@@ -260,6 +261,28 @@ def test_hf_data_sets_load_from_local_files(tmp_path: Path, monkeypatch: pytest.
     assert corpus.train.size > corpus.held_out.size > 0
     with pytest.raises(UserError, match="text_field"):
         load_corpus(data(f"hf:{folder}", text_field="text"), own_manifest=True)
+    streamed = load_corpus(
+        data(f"hf:{folder}", text_field="body", held_out_fraction=0.2, documents=20), own_manifest=True
+    )
+    assert streamed.train.size + streamed.held_out.size < 0.5 * (corpus.train.size + corpus.held_out.size)
+    assert streamed.train.tobytes() in corpus.train.tobytes()
+
+
+def test_reading_files_tells_its_progress_and_an_unreadable_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(name * 1000)
+    told: list[tuple[int, int]] = []
+    load_corpus(data(f"text:{tmp_path}"), own_manifest=True, on_progress=lambda *step: told.append(step))
+    assert told == [(1000, 2000), (2000, 2000)]
+
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(UserError, match=r"cannot read .*a: Permission denied"):
+        load_corpus(data(f"text:{tmp_path}"), own_manifest=True)
 
 
 # ---- local training -----------------------------------------------------------------------------------------
@@ -298,6 +321,46 @@ def test_out_of_memory_halves_the_micro_batch_and_the_step_still_counts(monkeypa
     result = trainer.train(iter([tokens(i) for i in range(3)]), 3, 0)
     assert (result.steps, trainer.micro_batch, trainer.halvings) == (3, 1, 2)
     assert np.abs(trainer.layout.gather(trainer.module) - trained(4)).max() < 1e-4
+
+
+def test_a_rounds_first_step_starts_only_if_steps_of_late_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = LocalTrainer(build_module(ModelPart(family="llama", config=LLAMA)), TRAINING, torch.device("cpu"))
+    asked: list[float] = []
+
+    def may_start(seconds: float) -> bool:
+        asked.append(seconds)
+        return seconds < 3.0
+
+    trainer._step_seconds = 10.0
+    batches = iter([tokens(i) for i in range(3)])
+    assert [trainer.train(batches, 1, 0, may_start).steps for _ in range(3)] == [0, 0, 1]  # a slow step is forgotten
+    assert asked == [10.0, 5.0, 2.5]
+
+
+def test_out_of_memory_in_evaluation_halves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = LocalTrainer(build_module(ModelPart(family="llama", config=LLAMA)), TRAINING, torch.device("cpu"))
+    whole, forward = trainer.evaluate(tokens()), trainer._forward
+
+    def small_memory(part: torch.Tensor) -> torch.Tensor:
+        if part.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(part)
+
+    monkeypatch.setattr(trainer, "_forward", small_memory)
+    assert abs(trainer.evaluate(tokens()) - whole) < 1e-5 and trainer.micro_batch == 2
+
+
+def test_of_states_that_come_while_one_is_written_only_the_newest_is_saved(tmp_path: Path) -> None:
+    async def go() -> None:
+        layout = Layout.of([("w", (4,))])
+        writer = CheckpointWriter(CheckpointStore(tmp_path, "run", keep=9), lambda error: None)
+        for number in range(5):
+            writer.save(ReplicaState("stage.0", layout, Round(number), layout.zeros()), None)
+            await asyncio.sleep(0)
+        await writer.close()
+        assert [path.name for path in sorted(tmp_path.iterdir())] == ["round-00000000", "round-00000004"]
+
+    asyncio.run(go())
 
 
 def test_out_of_memory_with_one_sequence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,72 @@
+"""A replica's presence in the directory: announced each round, and watched for another process with our identity."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from potluck.dht.directory import Directory
+from potluck.dht.records import Replica
+from potluck.dht.shards import shard_of
+from potluck.errors import IdentityError, PotluckError
+from potluck.net.host import PeerId
+from potluck.swarm.state import ReplicaState
+
+_TIMEOUT_SECONDS = 5.0
+
+
+Role = Literal["worker", "organizer", "validator", "observer"]
+
+
+class Presence:
+    """`taken` resolves when a newer process turns out to train with the same identity."""
+
+    def __init__(
+        self, directory: Directory, peer: PeerId, *, role: Role, name: str, session: bytes, emit: Callable[..., None]
+    ) -> None:
+        self.session = session
+        self.addresses: Sequence[str] = ()
+        #: The round in which this process began: what our former self left in the directory is older.
+        self.first_round = 0
+        self.taken: asyncio.Future[IdentityError] = asyncio.get_running_loop().create_future()
+        self._directory, self._peer, self._role, self._name, self._emit = directory, peer, role, name[:64], emit
+        self._started = time.time()
+
+    async def announce(self, state: ReplicaState, shards: int, expires_at: float) -> None:
+        record = Replica(
+            module=state.module,
+            shard=shard_of(self._peer, 0, shards),
+            round=state.round,
+            role=self._role,
+            digest=bytes.fromhex(state.digest),
+            session=self.session,
+            started=self._started,
+            addresses=list(self.addresses[:4]),
+            name=self._name,
+        )
+        try:
+            view = await self._directory.replicas(state.module, record.shard, timeout_seconds=_TIMEOUT_SECONDS)
+            self._check([signed.record for signed in view.records if signed.peer == self._peer])
+            await self._directory.publish(record, expires_at, _TIMEOUT_SECONDS)
+        except PotluckError as error:
+            self._emit("peer.announce.failed", error=str(error))
+
+    def _check(self, own: Sequence[Replica]) -> None:
+        """Of two processes with one identity the newer one ends. Our former self applied at most one round early."""
+        for record in own:
+            elsewhere = record.session != self.session and record.started < self._started
+            if elsewhere and record.round >= self.first_round + 2 and not self.taken.done():
+                self.taken.set_result(
+                    IdentityError(
+                        f"another process trains with this identity (at {', '.join(record.addresses[:1])}): "
+                        "stop it, or give this one another --home with an identity of its own"
+                    )
+                )
+
+
+def new_session() -> bytes:
+    """Tells the processes of one identity apart."""
+    return secrets.token_bytes(16)

@@ -162,7 +162,8 @@ class Run:
         self._reports: asyncio.Queue[RoundReport | None] = asyncio.Queue()
         self._rounds_left: int | None = None
         self._fetched, self._read = Twentieths(), Twentieths()
-        self._training: asyncio.Task[None] | None = None
+        self._training: asyncio.Task[Any] | None = None
+        self._stopping = False
         self._parts: Parts | None = None
         self._directory: Directory | None = None
         self._checkpoints: CheckpointStore | None = None
@@ -295,10 +296,18 @@ class Run:
     # ---- training -------------------------------------------------------------------------------------------
 
     async def train(self) -> None:
-        """Rounds until asked to leave. Raises what ends a peer: IdentityError, DaemonError, HardwareError.
+        """Rounds until asked to leave or to `stop`. Raises what ends a peer: IdentityError, DaemonError, HardwareError.
 
-        When this is cancelled, a step or a fetch under way gets a second to end by itself.
+        When this is stopped or cancelled, a step or a fetch under way gets a second to end by itself.
         """
+        self._training = asyncio.current_task()
+        try:
+            await self._train()
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+
+    async def _train(self) -> None:
         assert self.replica and self._parts and self._presence
         start, genuine = await self._starting_state(self._parts)
         self._presence.first_round = rules_of(self.manifest).clock.round_at(self.clock.now())
@@ -340,7 +349,8 @@ class Run:
 
     def stop(self) -> None:
         """Leave at once (Ctrl-C): the round in progress is given up, the last checkpoint stays."""
-        if self._training:
+        if self._training and not self._stopping:
+            self._stopping = True
             self._training.cancel()
 
     async def _starting_state(self, parts: Parts) -> tuple[ReplicaState, bool]:

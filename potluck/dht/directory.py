@@ -70,7 +70,8 @@ class Directory:
         the same record again. Raises RejectedRecord if the record breaks its own bounds or would be refused
         by every node.
         """
-        deadline = time.monotonic() + timeout_seconds
+        now = asyncio.get_running_loop().time
+        deadline = now() + timeout_seconds
         expires_at = float(expires_at)
         key = DHTID.from_bytes(key_id(key_name(self._run_id, record.path())))
         peer = self._identity.peer_id
@@ -88,7 +89,7 @@ class Directory:
         ]
         if not calls:
             return False
-        done, late = await asyncio.wait(calls, timeout=max(0.0, deadline - time.monotonic()))
+        done, late = await asyncio.wait(calls, timeout=max(0.0, deadline - now()))
         for call in late:
             call.cancel()
         return any(call.exception() is None and call.result() == [True] for call in done)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -64,7 +65,12 @@ _bytes_decoder = msgspec.msgpack.Decoder(bytes | None)
 
 def node_id_of(peer: PeerID) -> DHTID:
     """A peer's place in the DHT: it follows from the key, survives restarts, and cannot be chosen."""
-    return DHTID.from_bytes(hashlib.sha1(b"potluck.node.1" + peer.to_bytes()).digest())
+    return _node_id_of(peer.to_bytes())
+
+
+@lru_cache(maxsize=4096)
+def _node_id_of(peer: bytes) -> DHTID:
+    return DHTID.from_bytes(hashlib.sha1(b"potluck.node.1" + peer).digest())
 
 
 class BoundedSerializer(MSGPackSerializer):  # type: ignore[misc]

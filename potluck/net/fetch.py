@@ -207,7 +207,7 @@ class _Fetch:
                 await asyncio.sleep(wake_at - now)
                 continue
             done, _ = await asyncio.wait(self.requests, timeout=wake_at - now, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
+            for task in [task for task in self.requests if task in done]:  # in order: a replayed run is the same run
                 await self._settle(task)
 
     async def cancel(self, tasks: list[asyncio.Task[int]]) -> None:

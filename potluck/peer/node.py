@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import random
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -12,30 +10,24 @@ from typing import Any, Self
 
 from hivemind.dht.node import DHTNode
 
+from potluck.dht.care import dial, keep_connected
 from potluck.dht.directory import Directory
-from potluck.dht.invite import Invite, is_address
+from potluck.dht.invite import Invite
 from potluck.dht.manifest import MAX_MANIFEST_BYTES, RunId, SignedManifest
-from potluck.dht.node import add_peers, start_dht, stop_dht
+from potluck.dht.node import start_dht, stop_dht
 from potluck.errors import DaemonError, ManifestError, NetworkError, PotluckError, RpcError
 from potluck.net.blobs import BlobService, BlobStore
+from potluck.net.clock import RunClock
 from potluck.net.host import PeerId
 from potluck.net.hosts.go import GoHost
 from potluck.net.identity import Identity
 from potluck.net.rpc import Reply, Rpc
-from potluck.peer.clock import RunClock
 from potluck.peer.home import RunFolder
 
 Emit = Callable[..., None]
 
 MANIFEST_METHOD = "manifest.get"
-DIAL_SECONDS = 10.0
 MANIFEST_SECONDS = 10.0
-#: How often a peer looks whether it is still connected, and remembers whom it knows.
-CARE_SECONDS = 5.0
-MAX_REMEMBERED = 64
-#: While others are connected, some of those known and lost are dialled this often.
-REDIAL_SECONDS = 60.0
-REDIAL_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -117,17 +109,9 @@ class Node:
 
     # ---- connections ----------------------------------------------------------------------------------------
 
-    async def dial(self, addresses: Sequence[str]) -> dict[str, PeerId | str]:
+    async def dial(self, addresses: Sequence[str]) -> dict[str, PeerId | NetworkError]:
         """Connect to all at once. Per address: the peer id, or why it failed."""
-
-        async def one(address: str) -> PeerId | str:
-            try:
-                return await self.host.connect(address, DIAL_SECONDS)
-            except NetworkError as error:
-                return str(error)
-
-        others = [a for a in dict.fromkeys(addresses) if not a.endswith(self.peer_id)]
-        return dict(zip(others, await asyncio.gather(*map(one, others)), strict=True))
+        return await dial(self.host, addresses)
 
     async def connected(self) -> list[PeerId]:
         return [PeerId(info.peer_id.to_base58()) for info in await self.host.list_peers()]
@@ -139,32 +123,8 @@ class Node:
         return [a for a in (public or found) if "/p2p-circuit" not in a or not public][:8]
 
     async def keep_connected(self) -> None:
-        """Forever: remember who answers, hand newcomers to the DHT, and dial those known who are not connected.
-
-        Two halves of a swarm that could not reach each other for a while thus find together again.
-        """
-        known = set[PeerId]()
-        last_dial = -math.inf
-        while True:
-            await asyncio.sleep(CARE_SECONDS)
-            try:
-                infos = await self.host.list_peers()
-                peers = {PeerId(info.peer_id.to_base58()) for info in infos}
-                if self._dht and peers - known:
-                    await add_peers(self._dht, sorted(peers - known))
-                known = peers
-                if infos:
-                    found = [f"{a}/p2p/{i.peer_id.to_base58()}" for i in infos for a in i.addrs]
-                    # Strangers of the libp2p world may connect too: what no invite could name is forgotten.
-                    kept = [a for a in dict.fromkeys(found + self.folder.peers()) if is_address(a)]
-                    self.folder.save_peers(kept[:MAX_REMEMBERED])
-                now = asyncio.get_running_loop().time()
-                lost = [a for a in self.folder.peers() if not a.endswith(tuple(peers))]
-                if lost and (not peers or now - last_dial > REDIAL_SECONDS):
-                    last_dial = now
-                    await self.dial(lost if not peers else random.sample(lost, min(len(lost), REDIAL_AT_ONCE)))
-            except (PotluckError, OSError) as error:
-                self.emit("net.care.failed", error=str(error))
+        """Forever: see `dht/care.py`."""
+        await keep_connected(self.host, self.folder, lambda: self._dht, self.emit)
 
     # ---- manifest -------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from typing import Any, Self
 import torch
 
 from potluck import __version__
+from potluck.dht.care import DIAL_SECONDS
 from potluck.dht.directory import Directory
 from potluck.dht.invite import Invite, is_address
 from potluck.dht.manifest import Manifest, RunId, SignedManifest
@@ -30,15 +31,15 @@ from potluck.dht.manifest import sign as sign_manifest
 from potluck.dht.template import load_toml
 from potluck.errors import ClockError, ManifestError, NetworkError, UserError
 from potluck.net.blobs import BlobId, BlobRef
+from potluck.net.clock import SAID_SECONDS, RunClock
 from potluck.net.fetch import fetch
 from potluck.net.identity import Identity
 from potluck.peer.build import MODULE, Parts, build, initial_state, outer_of, rules_of, same_draft
-from potluck.peer.clock import SAID_SECONDS, RunClock
 from potluck.peer.control import ControlServer
 from potluck.peer.events import EventLog, Twentieths
 from potluck.peer.hardware import choose_device
 from potluck.peer.home import Home, RunFolder
-from potluck.peer.node import DIAL_SECONDS, NetworkSettings, Node
+from potluck.peer.node import NetworkSettings, Node
 from potluck.peer.presence import Presence, new_session
 from potluck.swarm.checkpoints import CheckpointStore, CheckpointWriter
 from potluck.swarm.codecs import CODEC_NAMES, make_codec
@@ -241,7 +242,7 @@ class Run:
         addresses = [*invited, *self.folder.peers()]
         with self._phase("connecting", f"one of {len(addresses)} known peers", DIAL_SECONDS, "the peer gives up"):
             results = await self.node.dial(addresses)
-        failures = [f"{address}: {why}" for address, why in results.items() if not address.endswith(why)]
+        failures = [f"{address}: {why}" for address, why in results.items() if isinstance(why, NetworkError)]
         if failures and len(failures) == len(results):
             if self._signed is None:
                 raise NetworkError(

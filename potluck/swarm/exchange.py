@@ -6,7 +6,6 @@ Tests put a fake behind the protocol; `NetworkExchange` is the DHT directory plu
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -137,7 +136,7 @@ class NetworkExchange:
 
     def _keep(self, blob: BlobId) -> None:
         """Contributions go when nobody can need them any more; the quota is only the last resort."""
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         self._kept.append((now, blob))
         while self._kept and self._kept[0][0] < now - self._retain_seconds:
             self._store.remove(self._kept.popleft()[1])

@@ -11,7 +11,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -113,8 +113,8 @@ class _Mine:
 class GossipReplica:
     """One module's replica on this peer.
 
-    `now` gives UTC seconds; `sleep_until` waits for such a time. Blocking work runs in one thread of its own, so that
-    the event loop stays free. `batches(peer, round)` yields the samples that the run assigns.
+    `now` gives UTC seconds; `sleep_until` waits for such a time. Blocking work runs in one thread of its own (or in
+    `compute`), so that the event loop stays free. `batches(peer, round)` yields the samples that the run assigns.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class GossipReplica:
         emit: Emit,
         session: bytes,
         on_state: Callable[[ReplicaState, Flat | None], Awaitable[None]] | None = None,
+        compute: Executor | None = None,
     ) -> None:
         self.peer, self.module, self.rules = peer, module, rules
         self.trainer, self.codec, self.outer = trainer, codec, outer
@@ -147,7 +148,7 @@ class GossipReplica:
         self._now, self._waits, self._emit, self._session = now, waits, emit, session
         self._on_state = on_state
         self._stop, self._finish = asyncio.Event(), asyncio.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._thread = compute or ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._out_of_sync = False
         #: Lengths of the last outer steps (root mean square): how far apart replicas may wander between two averages.
         self._steps: deque[float] = deque(maxlen=rules.fragments)

@@ -14,8 +14,8 @@ from potluck.dht.invite import Invite
 from potluck.dht.manifest import SignedManifest, sign
 from potluck.dht.template import preset_draft
 from potluck.errors import ClockError, ManifestError, NetworkError
+from potluck.net.clock import RunClock
 from potluck.net.identity import Identity
-from potluck.peer.clock import RunClock
 from potluck.peer.home import Home
 from potluck.peer.node import NetworkSettings, Node
 

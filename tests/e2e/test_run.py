@@ -118,8 +118,13 @@ def test_with_everybody_else_frozen_a_peer_keeps_its_clock_and_says_it_is_alone(
             worker.process.send_signal(signal.SIGCONT)
         await party.until("all together again", lambda: len(organizer.last["group"]) == 3, 120)
         again = organizer.last["round"] + 1
-        await party.until("one more", lambda: all(m.last["round"] >= again for m in party.members), 60)
-        assert len({digest_after(m, again) for m in party.members}) == 1
+
+        def agreed() -> bool:
+            """On busy cores a pull may miss somebody once more; then the next round heals it."""
+            digests = [{digest_after(m, r) for m in party.members} for r in range(again, organizer.last["round"] + 1)]
+            return any(len(seen) == 1 and None not in seen for seen in digests)
+
+        await party.until("identical parameters again", agreed, 60)
         await party.leave_all(party.members)
 
     run_party(body)

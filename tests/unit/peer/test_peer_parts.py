@@ -20,11 +20,11 @@ from potluck.dht.manifest import RunId, sign
 from potluck.dht.records import Replica, Signed
 from potluck.dht.template import preset_draft
 from potluck.errors import ClockError, HardwareError, ManifestError, NetworkError, StateError, UserError
+from potluck.net.clock import RunClock
 from potluck.net.host import PeerId
 from potluck.net.identity import Identity
 from potluck.peer import events as events_module
 from potluck.peer import hardware
-from potluck.peer.clock import RunClock
 from potluck.peer.control import ControlServer, ask
 from potluck.peer.events import EventLog, Twentieths
 from potluck.peer.home import Home

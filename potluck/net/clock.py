@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from potluck.errors import ClockError, RpcError
 from potluck.net.host import PeerId
@@ -23,12 +23,15 @@ _PEERS = 8
 
 
 class RunClock:
-    def __init__(self) -> None:
+    """`system`: UTC seconds as this machine has it."""
+
+    def __init__(self, system: Callable[[], float] = time.time) -> None:
         self.offset = 0.0
+        self._system = system
 
     def now(self) -> float:
         """UTC seconds by the run's clock."""
-        return time.time() + self.offset
+        return self._system() + self.offset
 
     def serve(self, rpc: Rpc) -> None:
         async def read(peer: PeerId, head: dict[str, object], body: memoryview) -> Reply:

@@ -1,0 +1,261 @@
+"""The simulated internet: lines with fair sharing, latency by region, loss, NAT, partitions. One seed, one history.
+
+- A message passes the sender's uplink, the distance, the receiver's downlink. A busy line is shared between its
+  streams by turns of 32 KiB, which is fair sharing as fluid models have it, down to that size.
+- The distance is a base for each pair (log-normal around its regions' value) and a little jitter for each message.
+- A lost message costs a retransmission timeout; now and then one breaks its stream.
+- Two peers behind NATs talk directly where both are cones (hole punching), else through a public relay, whose line
+  they use. Partitioned or frozen peers' messages are held, and go on when they are healed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from potluck.net.host import PeerId
+from potluck.net.hosts.memory import Arrive, Channel
+
+Nat = Literal["public", "cone", "symmetric"]
+
+_TURN_BYTES = 32 * 1024
+#: Sending times below this are summed up before they cost an event of their own.
+_SMALL_SECONDS = 0.001
+_RETRANSMIT_SECONDS = 0.2
+#: One-way milliseconds between regions: (a home in) Europe, North America, Asia, South America.
+REGIONS = ((18, 48, 110, 105), (48, 22, 85, 70), (110, 85, 30, 150), (105, 70, 150, 25))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A peer's connection: bytes per second (None: no limit), region (index into REGIONS), kind of NAT."""
+
+    up: float | None = None
+    down: float | None = None
+    region: int = 0
+    nat: Nat = "public"
+
+
+@dataclass(frozen=True)
+class Weather:
+    """What the network does to everybody. `spread`: sigma of the log-normal base latency. Rates are per message."""
+
+    latency: float = 1.0
+    """Factor on the regions' latencies; 0 for none."""
+    spread: float = 0.3
+    jitter: float = 0.1
+    loss: float = 0.0
+    reset: float = 0.0
+
+
+@dataclass
+class Traffic:
+    sent: int = 0
+    received: int = 0
+    relayed: int = 0
+    messages: int = 0
+
+
+class _Pipe:
+    """One direction of a line."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, rate: float) -> None:
+        self._loop, self.rate = loop, rate
+        self._queues: OrderedDict[Channel, deque[tuple[list[int], Arrive]]] = OrderedDict()
+        self._busy = False
+        self._debt = 0.0
+
+    def push(self, channel: Channel, size: int, then: Arrive) -> None:
+        if not self._busy and self._debt + size / self.rate < _SMALL_SECONDS:
+            self._debt += size / self.rate
+            then()
+            return
+        self._queues.setdefault(channel, deque()).append(([size], then))
+        if not self._busy:
+            self._turn()
+
+    def _turn(self) -> None:
+        if not self._queues:
+            self._busy = False
+            return
+        self._busy = True
+        channel = next(iter(self._queues))
+        left = self._queues[channel][0][0]
+        part = min(left[0], _TURN_BYTES)
+        left[0] -= part
+        seconds, self._debt = part / self.rate + self._debt, 0.0
+        self._loop.call_later(seconds, self._sent, channel)
+
+    def _sent(self, channel: Channel) -> None:
+        queue = self._queues[channel]
+        left, then = queue[0]
+        if left[0]:
+            self._queues.move_to_end(channel)
+        else:
+            queue.popleft()
+            if queue:
+                self._queues.move_to_end(channel)
+            else:
+                del self._queues[channel]
+            then()
+        self._turn()
+
+
+@dataclass
+class _Port:
+    line: Line
+    up: _Pipe | None
+    down: _Pipe | None
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+class Network:
+    """Implements `net.hosts.memory.Wire`. Peers are `add`ed before they send."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seed: int, weather: Weather | None = None) -> None:
+        self._loop, self._seed = loop, seed
+        self.weather = weather or Weather()
+        self._dice = random.Random(f"network {seed}")
+        self._ports: dict[PeerId, _Port] = {}
+        self._relays: list[PeerId] = []
+        self._distances: dict[tuple[PeerId, PeerId], float] = {}
+        self._sides: dict[PeerId, int] = {}
+        self._frozen: set[PeerId] = set()
+        self._held: list[tuple[PeerId, PeerId, Arrive]] = []
+
+    def add(self, peer: PeerId, line: Line) -> None:
+        """Also changes the line of a known peer; what is under way keeps its speed."""
+        traffic = self._ports[peer].traffic if peer in self._ports else Traffic()
+        up, down = (_Pipe(self._loop, rate) if rate else None for rate in (line.up, line.down))
+        self._ports[peer] = _Port(line, up, down, traffic)
+        if line.nat == "public" and peer not in self._relays:
+            self._relays.append(peer)
+
+    def traffic(self, peer: PeerId) -> Traffic:
+        return self._ports[peer].traffic
+
+    # --- trouble
+
+    def partition(self, *sides: Collection[PeerId]) -> None:
+        """From now on only peers of one side hear each other; who is on no side is on the first."""
+        self._sides = {peer: number for number, side in enumerate(sides) for peer in side}
+        self._release()
+
+    def heal(self) -> None:
+        self.partition()
+
+    def freeze(self, peer: PeerId) -> None:
+        self._frozen.add(peer)
+
+    def thaw(self, peer: PeerId) -> None:
+        self._frozen.discard(peer)
+        self._release()
+
+    def _blocked(self, source: PeerId, target: PeerId) -> bool:
+        if source in self._frozen or target in self._frozen:
+            return True
+        return bool(self._sides) and self._sides.get(source, 0) != self._sides.get(target, 0)
+
+    def _release(self) -> None:
+        held, self._held = self._held, []
+        for source, target, arrive in held:
+            self._arrive(source, target, arrive)
+
+    # --- Wire
+
+    def can_dial(self, source: PeerId, target: PeerId) -> bool:
+        if self._blocked(source, target):
+            return False
+        return target not in self._ports or not self._needs_relay(source, target) or bool(self._relays)
+
+    def send(self, source: PeerId, target: PeerId, size: int, arrive: Arrive, channel: Channel) -> None:
+        hops = [source, target]
+        if target in self._ports and self._needs_relay(source, target) and self._relays:
+            hops.insert(1, self._relay(source, target))
+        self._ports[source].traffic.sent += size
+        self._ports[source].traffic.messages += 1
+        self._hop(hops, size, arrive, channel)
+
+    def _hop(self, hops: Sequence[PeerId], size: int, arrive: Arrive, channel: Channel) -> None:
+        source, target = hops[0], hops[1]
+        up = self._ports[source].up
+
+        def fly() -> None:
+            when = self._loop.time() + self._seconds(source, target, channel)
+            channel.last = when = max(when, channel.last)  # a stream keeps its order
+            self._loop.call_at(when, land)
+
+        def land() -> None:
+            port = self._ports.get(target)
+            if port is None or port.down is None:
+                landed()
+            else:
+                port.down.push(channel, size, landed)
+
+        def landed() -> None:
+            port = self._ports.get(target)
+            if port is not None:
+                port.traffic.received += size
+                if len(hops) > 2:
+                    port.traffic.relayed += size
+            if len(hops) > 2:
+                self._hop(hops[1:], size, arrive, channel)
+            else:
+                self._arrive(source, target, arrive)
+
+        if up is None:
+            fly()
+        else:
+            up.push(channel, size, fly)
+
+    def _arrive(self, source: PeerId, target: PeerId, arrive: Arrive) -> None:
+        if self._blocked(source, target):
+            self._held.append((source, target, arrive))
+        else:
+            arrive()
+
+    def _seconds(self, source: PeerId, target: PeerId, channel: Channel) -> float:
+        weather = self.weather
+        seconds = self._distance(source, target) * (1 + weather.jitter * self._dice.random())
+        if weather.loss and self._dice.random() < weather.loss:
+            seconds += _RETRANSMIT_SECONDS + 2 * seconds
+        if weather.reset and self._dice.random() < weather.reset:
+            self._loop.call_soon(channel.break_off)
+        return seconds
+
+    def _distance(self, source: PeerId, target: PeerId) -> float:
+        pair = (source, target) if source < target else (target, source)
+        known = self._distances.get(pair)
+        if known is None:
+            a, b = (self._ports[p].line.region if p in self._ports else 0 for p in pair)
+            known = self.weather.latency * REGIONS[a][b] / 1000 * math.exp(self.weather.spread * self._normal(pair))
+            if len(self._distances) > 500_000:
+                self._distances.clear()
+            self._distances[pair] = known
+        return known
+
+    def _normal(self, pair: tuple[PeerId, PeerId]) -> float:
+        """The pair's own standard normal number: it does not depend on who met whom when."""
+        return random.Random(zlib.crc32(f"{self._seed} {pair[0]} {pair[1]}".encode())).gauss(0.0, 1.0)
+
+    # --- NAT
+
+    def _needs_relay(self, source: PeerId, target: PeerId) -> bool:
+        ends = {self._ports[source].line.nat, self._ports[target].line.nat}
+        # A public peer that wants a NATed one asks it, through a relay, to dial back: the connection is direct.
+        return "public" not in ends and "symmetric" in ends
+
+    def _relay(self, source: PeerId, target: PeerId) -> PeerId:
+        pair = "".join(sorted((source, target)))
+        return self._relays[zlib.crc32(pair.encode()) % len(self._relays)]
+
+    def remove(self, peer: PeerId) -> None:
+        """It is gone: it relays for nobody any more."""
+        if peer in self._relays:
+            self._relays.remove(peer)

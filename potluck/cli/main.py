@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from potluck import __version__
-from potluck.cli import demo, export, generate, host, join, leave, run_new, status, why
+from potluck.cli import demo, export, generate, host, join, leave, run_new, simulate, status, why
 from potluck.errors import PotluckError
 
 app = typer.Typer(
@@ -32,7 +32,18 @@ app = typer.Typer(
 runs = typer.Typer(help="Runs: `potluck run new` writes a manifest to start one from.", no_args_is_help=True)
 app.add_typer(runs, name="run")
 runs.command("new")(run_new.run_new)
-for command in (host.host, join.join, status.status, why.why, leave.leave, export.export, generate.generate, demo.demo):
+COMMANDS = (
+    host.host,
+    join.join,
+    status.status,
+    why.why,
+    leave.leave,
+    export.export,
+    generate.generate,
+    simulate.simulate,
+    demo.demo,
+)
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -18,6 +18,7 @@ from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 
 from potluck.dht.manifest import RunId
+from potluck.dht.node import network_size
 from potluck.dht.protocol import RecordProtocol
 from potluck.dht.records import (
     Commit,
@@ -105,6 +106,10 @@ class Directory:
     async def weights(self, module: str, round: int, *, timeout_seconds: float) -> DirectoryView[Weights]:
         """Each validator's weights for a round. The caller decides whom of them to trust."""
         return await self._read(Weights, weights_path(module, round), timeout_seconds)
+
+    def network_size(self) -> float:
+        """How many peers the run has, about."""
+        return network_size(self._node)
 
     async def close(self) -> None:
         """Ends the searches that outlived their callers' deadlines."""

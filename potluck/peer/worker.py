@@ -40,13 +40,13 @@ from potluck.peer.events import EventLog, Twentieths
 from potluck.peer.hardware import choose_device
 from potluck.peer.home import Home, RunFolder
 from potluck.peer.node import NetworkSettings, Node
-from potluck.peer.presence import Presence, new_session
 from potluck.swarm.checkpoints import CheckpointStore, CheckpointWriter
 from potluck.swarm.codecs import CODEC_NAMES, make_codec
 from potluck.swarm.data import assigned_offsets
 from potluck.swarm.exchange import NetworkExchange
 from potluck.swarm.layout import Flat
 from potluck.swarm.phases import Round
+from potluck.swarm.presence import Presence, new_session
 from potluck.swarm.rounds import GossipReplica, RoundReport
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 from potluck.swarm.waits import WaitBoard
@@ -411,8 +411,8 @@ class Run:
 
     async def _announce(self, state: ReplicaState) -> None:
         assert self._presence and self.replica
-        expires = self.clock.now() + 3 * self.manifest.rounds.seconds
-        self._background(self._presence.announce(state, self.replica.shards, expires))
+        seconds = self.manifest.rounds.seconds
+        self._background(self._presence.announce(state, self.replica.shards, self.clock.now(), seconds))
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         """A task that is owned: it ends with the run."""

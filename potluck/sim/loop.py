@@ -10,7 +10,7 @@ import asyncio
 import selectors
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from potluck.errors import PotluckError
 
@@ -56,12 +56,24 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]
 
 
-class Compute(ThreadPoolExecutor):
-    """Stands in for a thread pool: work is done at once, and takes `cost()` virtual seconds of its machine."""
+class Machine(Protocol):
+    """What a simulated peer's processor does with work that was handed to a thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, cost: Callable[[], float] = lambda: 0.0) -> None:
+    def cost(self) -> float:
+        """Virtual seconds that the work just done takes."""
+        ...
+
+    def when_awake(self, then: Callable[[], None]) -> None:
+        """Call `then`: now, or when the machine is thawed."""
+        ...
+
+
+class Compute(ThreadPoolExecutor):
+    """Stands in for a thread pool: work is done at once, and its result comes when the machine would be done."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, machine: Machine | None = None) -> None:
         super().__init__(max_workers=1)
-        self._loop, self._cost = loop, cost
+        self._loop, self._machine = loop, machine
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         future: Future[T] = Future()
@@ -71,11 +83,19 @@ class Compute(ThreadPoolExecutor):
         except BaseException as error:
             future.set_exception(error)
             return future
-        seconds = self._cost()
-        if seconds > 0:
-            self._loop.call_later(seconds, future.set_result, result)
-        else:
+        machine = self._machine
+        if machine is None:
             future.set_result(result)
+            return future
+
+        def done() -> None:
+            machine.when_awake(lambda: future.set_result(result))
+
+        seconds = machine.cost()
+        if seconds > 0:
+            self._loop.call_later(seconds, done)
+        else:
+            done()
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

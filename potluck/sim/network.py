@@ -140,6 +140,16 @@ class Network:
     def traffic(self, peer: PeerId) -> Traffic:
         return self._ports[peer].traffic
 
+    @property
+    def median_latency(self) -> float:
+        """One-way seconds between two peers of the first region."""
+        return self.weather.latency * REGIONS[0][0] / 1000
+
+    def charge(self, peer: PeerId, size: int) -> None:
+        """Bytes that a model says it sent (of both directions, half is its own)."""
+        self._ports[peer].traffic.sent += size // 2
+        self._ports[peer].traffic.received += size // 2
+
     # --- trouble
 
     def partition(self, *sides: Collection[PeerId]) -> None:

@@ -54,6 +54,10 @@ class Exchange(Protocol):
         """A state, in chunks from several holders at once, and the bytes that each gave."""
         ...
 
+    def network_size(self) -> float:
+        """How many peers there are, about: what a replica goes by until it has seen a round."""
+        ...
+
     def traffic(self) -> tuple[int, int]:
         """(bytes sent, bytes received) so far, everything counted."""
         ...
@@ -140,6 +144,9 @@ class NetworkExchange:
         self._kept.append((now, blob))
         while self._kept and self._kept[0][0] < now - self._retain_seconds:
             self._store.remove(self._kept.popleft()[1])
+
+    def network_size(self) -> float:
+        return self._directory.network_size()
 
     def traffic(self) -> tuple[int, int]:
         return self._rpc.bytes_sent, self._rpc.bytes_received

@@ -37,7 +37,7 @@ from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round, RoundClock, Window
-from potluck.swarm.pull import Puller, View
+from potluck.swarm.pull import MAX_OF_GROUP_SIZE, Puller, View
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 from potluck.swarm.waits import WaitBoard
 
@@ -459,14 +459,23 @@ class GossipReplica:
         current = self.rules.clock.round_at(self._now())
         if current < 0:
             await self._sleep_until(self.rules.clock.genesis, "round 0 to begin", "training begins")
+            self._guess_shards()
             return False
         started = self._now()
         joined = await self._load_group("joined from the group's state")
         if joined:
             self._emit("swarm.join.done", round=self._state.round, seconds=self._now() - started)
         else:
+            self._guess_shards()
             self._emit("swarm.join.alone", round=current, from_round=self._state.round)
         return joined
+
+    def _guess_shards(self) -> None:
+        """Before the first round nobody has counted. A thousand who all began with one group would each read a
+        thousand commits; how many peers the run's network has is known well enough to begin with."""
+        self.estimate = max(1.0, self._exchange.network_size())
+        if self.estimate > MAX_OF_GROUP_SIZE * self.rules.group_size:
+            self.shards = next_shards(self.estimate, self.rules.group_size, self.shards)
 
     async def _load_group(self, reason: str) -> bool:
         """Take over the state that the latest round's commits agree on, then apply the rounds since then.

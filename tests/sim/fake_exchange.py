@@ -100,5 +100,8 @@ class FakeExchange:
         await asyncio.sleep(timeout_seconds)
         raise BlobUnavailable(f"nobody of {len(holders)} serves {ref.id[:8]}")
 
+    def network_size(self) -> float:
+        return 1.0
+
     def traffic(self) -> tuple[int, int]:
         return 0, 0

@@ -79,6 +79,8 @@ class MemoryHost:
         self.peer_id = PeerID.from_base58(peer)
         self.peer = peer
         self.alive = True
+        #: Unary calls made, and their bytes both ways.
+        self.calls = self.call_bytes = 0
         self._lan, self._wire = lan, lan.wire
         self._loop = asyncio.get_running_loop()
         self._unary: dict[str, tuple[Callable[..., Any], Any]] = {}
@@ -116,6 +118,8 @@ class MemoryHost:
         answer: asyncio.Future[bytes] = self._loop.create_future()
         channel = Channel()
         request = input.SerializeToString()
+        self.calls += 1
+        self.call_bytes += len(request) + _CALL_OVERHEAD
 
         def arrived() -> None:
             host = self._lan.hosts.get(target)
@@ -127,6 +131,7 @@ class MemoryHost:
             self._wire.send(target, self.peer, len(response) + _CALL_OVERHEAD, lambda: done(response), channel)
 
         def done(response: bytes) -> None:
+            self.call_bytes += len(response) + _CALL_OVERHEAD
             if not answer.done():
                 answer.set_result(response)
 
@@ -233,8 +238,13 @@ class MemoryHost:
         task = self._dials.get(target)
         if task is None:
             task = self._dials[target] = self._loop.create_task(self._handshake(target))
-            task.add_done_callback(lambda _: self._dials.pop(target, None))
+            task.add_done_callback(lambda done: self._dialled(target, done))
         await asyncio.shield(task)
+
+    def _dialled(self, target: PeerId, task: asyncio.Task[None]) -> None:
+        self._dials.pop(target, None)
+        if not task.cancelled():
+            task.exception()  # who waits for it hears of it; who waits no more need not
 
     async def _handshake(self, target: PeerId) -> None:
         if not self._wire.can_dial(self.peer, target):

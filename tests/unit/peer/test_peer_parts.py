@@ -28,10 +28,10 @@ from potluck.peer import hardware
 from potluck.peer.control import ControlServer, ask
 from potluck.peer.events import EventLog, Twentieths
 from potluck.peer.home import Home
-from potluck.peer.presence import Presence
 from potluck.peer.worker import Peer
 from potluck.swarm.layout import Layout
 from potluck.swarm.phases import Round
+from potluck.swarm.presence import Presence
 from potluck.swarm.state import ReplicaState
 
 PEER = "12D3KooWCHA12mx7eyUNJDQNmAoz4n2ds3sLWmpNzPhTgciM4uPR"
@@ -299,7 +299,7 @@ def test_of_two_processes_with_one_identity_the_newer_ends(
             directory, PeerId(PEER), role="worker", name="", session=b"m" * 16, emit=lambda *a, **k: None
         )
         presence.first_round = 10
-        await presence.announce(state, 1, 0.0)
+        await presence.announce(state, 1, 0.0, 1.0)
         assert presence.taken.done() == ends and directory.published == 1
 
     asyncio.run(go())

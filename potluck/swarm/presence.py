@@ -16,6 +16,9 @@ from potluck.net.host import PeerId
 from potluck.swarm.state import ReplicaState
 
 _TIMEOUT_SECONDS = 5.0
+#: A replica is announced in every second round, for four: what it costs the DHT is half of what a commit costs.
+ANNOUNCE_EVERY = 2
+LASTS_ROUNDS = 4
 
 
 Role = Literal["worker", "organizer", "validator", "observer"]
@@ -33,9 +36,14 @@ class Presence:
         self.first_round = 0
         self.taken: asyncio.Future[IdentityError] = asyncio.get_running_loop().create_future()
         self._directory, self._peer, self._role, self._name, self._emit = directory, peer, role, name[:64], emit
-        self._started = time.time()
+        self.started = time.time()
+        self._announced: int | None = None
 
-    async def announce(self, state: ReplicaState, shards: int, expires_at: float) -> None:
+    async def announce(self, state: ReplicaState, shards: int, now: float, round_seconds: float) -> None:
+        """Unless it was done in the round before. `now` in UTC seconds."""
+        if self._announced is not None and 0 <= state.round - self._announced < ANNOUNCE_EVERY:
+            return
+        self._announced = state.round
         record = Replica(
             module=state.module,
             shard=shard_of(self._peer, 0, shards),
@@ -43,21 +51,21 @@ class Presence:
             role=self._role,
             digest=bytes.fromhex(state.digest),
             session=self.session,
-            started=self._started,
+            started=self.started,
             addresses=list(self.addresses[:4]),
             name=self._name,
         )
         try:
             view = await self._directory.replicas(state.module, record.shard, timeout_seconds=_TIMEOUT_SECONDS)
             self._check([signed.record for signed in view.records if signed.peer == self._peer])
-            await self._directory.publish(record, expires_at, _TIMEOUT_SECONDS)
+            await self._directory.publish(record, now + LASTS_ROUNDS * round_seconds, _TIMEOUT_SECONDS)
         except PotluckError as error:
             self._emit("peer.announce.failed", error=str(error))
 
     def _check(self, own: Sequence[Replica]) -> None:
         """Of two processes with one identity the newer one ends. Our former self applied at most one round early."""
         for record in own:
-            elsewhere = record.session != self.session and record.started < self._started
+            elsewhere = record.session != self.session and record.started < self.started
             if elsewhere and record.round >= self.first_round + 2 and not self.taken.done():
                 self.taken.set_result(
                     IdentityError(

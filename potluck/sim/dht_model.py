@@ -1,0 +1,96 @@
+"""The DHT replaced by a model of its cost and latency, for swarms too large to run hivemind's code in one process.
+
+A shared dictionary answers at once and completely; what it costs is drawn from a fit to the real DHT, which
+`benchmarks/simulation.py --calibrate` measures and prints (docs/simulation.md shows it beside the data). Each kind of
+operation has, for N peers and m records in what it reads or writes:
+
+    calls   = a0 + a1 log2 N                       unary calls to other nodes
+    bytes   = calls (b0 + b1 m)                    both ways
+    seconds = median one-way latency x (c0 + c1 log2 N), times a log-normal factor of sigma s
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from potluck.dht.directory import DirectoryView
+from potluck.dht.records import Commit, Record, Replica, Signed, commits_path, replicas_path
+
+if TYPE_CHECKING:
+    from potluck.sim.peer import SimPeer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Coefficients of one kind of operation, as in the module's formula."""
+
+    calls: tuple[float, float]
+    bytes_per_call: tuple[float, float]
+    latencies: tuple[float, float]
+    sigma: float
+
+    def draw(self, peers: int, records: int, dice: random.Random) -> tuple[int, int, float]:
+        """(calls, bytes, seconds in units of the median one-way latency)."""
+        log = math.log2(max(2, peers))
+        calls = max(0.0, min(peers - 1.0, self.calls[0] + self.calls[1] * log))
+        size = calls * (self.bytes_per_call[0] + self.bytes_per_call[1] * records)
+        seconds = max(2.0, self.latencies[0] + self.latencies[1] * log) * math.exp(dice.gauss(0, self.sigma))
+        return round(calls), round(size), seconds
+
+
+#: Fitted by `benchmarks/simulation.py --calibrate`.
+READ = Cost((10.0, 0.0), (3484.736, 352.698), (6.907, -0.062), 0.127)
+PUBLISH = Cost((15.0, 0.0), (2665.385, 0.0), (9.285, 0.068), 0.133)
+
+Shelf = dict[str, dict[str, Signed[Any]]]
+
+
+class ModelDirectory:
+    """Stands in for `dht.directory.Directory`. `shelf`: what all peers published, shared; the expired goes."""
+
+    def __init__(self, peer: SimPeer, shelf: Shelf, median_latency: float) -> None:
+        self._peer, self._shelf, self._latency = peer, shelf, median_latency
+        self._dice = random.Random(f"dht {peer.world.plan.seed} {peer.number} {peer.sessions}")
+
+    async def publish(self, record: Record, expires_at: float, timeout_seconds: float) -> bool:
+        if not await self._spend(PUBLISH, 1, timeout_seconds):
+            return False
+        self._shelf.setdefault(record.path(), {})[self._peer.id] = Signed(record, self._peer.id, expires_at)
+        return True
+
+    async def commits(self, module: str, round: int, shard: int, *, timeout_seconds: float) -> DirectoryView[Commit]:
+        return await self._read(commits_path(module, round, shard), timeout_seconds)
+
+    async def replicas(self, module: str, shard: int = 0, *, timeout_seconds: float) -> DirectoryView[Replica]:
+        return await self._read(replicas_path(module, shard), timeout_seconds)
+
+    def network_size(self) -> float:
+        return float(self._peer.world.living)
+
+    async def close(self) -> None:
+        pass
+
+    async def _read(self, path: str, timeout_seconds: float) -> DirectoryView[Any]:
+        complete = await self._spend(READ, len(self._shelf.get(path, ())), timeout_seconds)
+        now = self._peer.world.utc()
+        held = self._shelf.get(path, {})
+        for peer in [peer for peer, signed in held.items() if signed.expires_at < now]:
+            del held[peer]
+        return DirectoryView(tuple(signed for _, signed in sorted(held.items())), complete)
+
+    async def _spend(self, cost: Cost, records: int, timeout_seconds: float) -> bool:
+        """Whether the operation was done in time. Its bytes are charged to who asked; each peer serves as many."""
+        peer = self._peer
+        peer.dht_operations += 1
+        calls, size, latencies = cost.draw(peer.world.living, records, self._dice)
+        if peer.host:
+            peer.host.calls += calls
+            peer.host.call_bytes += size
+        peer.world.network.charge(peer.id, size)
+        seconds = latencies * self._latency
+        await asyncio.sleep(min(seconds, timeout_seconds))
+        return seconds <= timeout_seconds

@@ -1,0 +1,374 @@
+"""One simulated peer: the real stack (RPC, blobs, DHT, directory, rounds) on an in-memory host."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from potluck.dht.care import dial, keep_connected
+from potluck.dht.directory import Directory
+from potluck.dht.node import start_dht, stop_dht
+from potluck.dht.records import Record
+from potluck.errors import ClockError, PotluckError, StateError
+from potluck.net.blobs import BlobService, BlobStore
+from potluck.net.clock import RunClock
+from potluck.net.host import PeerId
+from potluck.net.hosts.memory import MemoryHost
+from potluck.net.identity import Identity
+from potluck.net.rpc import Rpc, RpcLimits
+from potluck.sim.dht_model import ModelDirectory
+from potluck.sim.invariants import WatchedWaits
+from potluck.sim.loop import Compute
+from potluck.sim.network import Line
+from potluck.sim.plan import Lie
+from potluck.sim.stand_in import Pace
+from potluck.swarm.aggregate import Contribution
+from potluck.swarm.checkpoints import CheckpointStore
+from potluck.swarm.codecs import Codec, make_codec
+from potluck.swarm.exchange import Exchange, NetworkExchange
+from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.outer import OuterStep
+from potluck.swarm.phases import Round
+from potluck.swarm.presence import Presence
+from potluck.swarm.rounds import GossipReplica
+from potluck.swarm.state import ReplicaState
+
+if TYPE_CHECKING:
+    from potluck.sim.world import World
+
+MODULE = "stage.0"
+QUOTA_BYTES = 64 * 2**20
+CLOCK_CHECK_SECONDS = 30.0
+#: A real lane looks after itself every few seconds; among thousands of peers that would be most of all events.
+LIMITS = RpcLimits(frame_timeout_seconds=120.0, stall_timeout_seconds=120.0, idle_timeout_seconds=90.0)
+
+
+def identity_of(seed: int, number: int) -> Identity:
+    key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"potluck.sim {seed} {number}".encode()).digest())
+    return Identity(Path("/nowhere"), key)
+
+
+class SimPeer:
+    """A machine and its identity. `start` gives it a process, `crash` takes it away."""
+
+    def __init__(self, world: World, number: int, line: Line) -> None:
+        self.world, self.number, self.line = world, number, line
+        self.identity = identity_of(world.plan.seed, number)
+        self.id: PeerId = self.identity.peer_id
+        self.skew = 0.0
+        self.pace = Pace(world.plan.step_seconds)
+        self.lie: Lie | None = None
+        self.disk_full = False
+        self.sessions = 0
+        self.born = world.loop.time()
+        self.host: MemoryHost | None = None
+        self.replica: GossipReplica | None = None
+        self.rpc: Rpc | None = None
+        self.store: BlobStore | None = None
+        self.dht: Any = None
+        self.ended: str | None = None
+        self.dht_operations = 0
+        #: Rounds that it applied, and those to whose group it contributed; cleared by every new process.
+        self.applied: set[int] = set()
+        self.contributed: set[int] = set()
+        #: Whether a fault struck this peer itself.
+        self.struck = False
+        self._task: asyncio.Task[None] | None = None
+        self._addresses: list[str] = []
+        self._frozen = False
+        self._last_frozen = -1e9
+        self._thawed: list[Callable[[], None]] = []
+        self._checkpoints = CheckpointStore(world.root / str(number) / "checkpoints", world.plan.name, keep=2)
+        self._saved = False
+        world.network.add(self.id, line)
+
+    @property
+    def alive(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    # ---- the address book (`dht/care.py`) -------------------------------------------------------------------
+
+    def peers(self) -> list[str]:
+        return self._addresses
+
+    def save_peers(self, addresses: list[str]) -> None:
+        self._addresses = addresses
+
+    # ---- the machine ----------------------------------------------------------------------------------------
+
+    def system_clock(self) -> float:
+        return self.world.utc() + self.skew
+
+    def cost(self) -> float:
+        return self.pace.paid()
+
+    def when_awake(self, then: Callable[[], None]) -> None:
+        if self._frozen:
+            self._thawed.append(then)
+        else:
+            then()
+
+    def freeze(self) -> None:
+        self._frozen = True
+        self.world.network.freeze(self.id)
+
+    def thaw(self) -> None:
+        self._frozen, self._last_frozen = False, self.world.loop.time()
+        self.world.network.thaw(self.id)
+        thawed, self._thawed = self._thawed, []
+        for then in thawed:
+            then()
+
+    def _excused(self, since: float) -> bool:
+        """A frozen process cannot see its deadlines; nor can one whose clock was set meanwhile."""
+        return self._frozen or self._last_frozen + self.world.epoch >= since - abs(self.skew) - 1 or self.skew != 0
+
+    # ---- the process ----------------------------------------------------------------------------------------
+
+    def start(self, bootstrap: list[PeerId]) -> None:
+        assert not self.alive
+        self.sessions += 1
+        self.ended = None
+        self.world.watch.started(self.id)
+        self._task = self.world.loop.create_task(self._live(bootstrap))
+
+    def crash(self) -> None:
+        """kill -9."""
+        if self.host:
+            self.host.crash()
+        if self._task:
+            self._task.cancel()
+        if self._frozen:
+            self.thaw()
+        self.check_disk()
+
+    def check_disk(self) -> None:
+        if self._saved and self._checkpoints.latest(self.world.layout, MODULE) is None:
+            self.world.watch.say(self.id, "no checkpoint on disk loads")
+
+    async def _live(self, bootstrap: list[PeerId]) -> None:
+        async with AsyncExitStack() as stack:
+            try:
+                await self._run(stack, bootstrap)
+            except ClockError as error:
+                self.ended = f"clock: {error}"
+            except PotluckError as error:
+                self.ended = f"{type(error).__name__}: {error}"
+                if not self.disk_full and self.host and self.host.alive:
+                    self.world.watch.say(self.id, f"ended: {self.ended}")
+            if self.ended:
+                self.emit("sim.peer.ended", why=self.ended)
+
+    async def _run(self, stack: AsyncExitStack, bootstrap: list[PeerId]) -> None:
+        world, plan = self.world, self.world.plan
+        host = self.host = MemoryHost(world.lan, self.id)
+        stack.push_async_callback(host.shutdown)
+        clock = RunClock(self.system_clock)
+        rpc = self.rpc = Rpc(host, LIMITS)
+        await rpc.start()
+        stack.push_async_callback(rpc.close)
+        store = self.store = BlobStore(world.root / str(self.number) / "blobs", QUOTA_BYTES, clock=clock.now)
+        store.quota_bytes = 0 if self.disk_full else QUOTA_BYTES
+        cap = plan.upload_cap_mbit * 125_000 or None
+        BlobService(rpc, store, max_upload_bytes_per_second=cap)
+        clock.serve(rpc)
+        known = [f"/ip4/10.0.0.1/tcp/4001/p2p/{peer}" for peer in bootstrap]
+        await dial(host, [*known, *self._addresses])
+        connected = [PeerId(info.peer_id.to_base58()) for info in await host.list_peers()]
+        measured = await clock.measure(rpc, connected)
+        if measured is not None and clock.correct(measured):
+            self.emit("peer.clock.corrected", seconds=measured)
+        rounds = world.rules
+        directory = await self._join_directory(stack, connected, clock)
+        exchange = NetworkExchange(
+            directory, rpc, store, retain_seconds=(plan.retain + 2) * plan.seconds, keep_states=plan.retain
+        )
+        session = hashlib.sha256(f"{self.id} {self.sessions}".encode()).digest()[:16]
+        presence = Presence(directory, self.id, role="worker", name="", session=session, emit=self.emit)
+        presence.started = world.utc()
+        replica = self._make_replica(exchange, clock, presence, session)
+        presence.first_round = rounds.clock.round_at(clock.now())
+        saved = self._checkpoints.latest(world.layout, MODULE) if plan.checkpoints else None
+        start = saved.state if saved else world.theta_0
+        training = asyncio.create_task(replica.run(start))
+        care = [
+            asyncio.create_task(keep_connected(host, self, lambda: self.dht, self.emit)),
+            asyncio.create_task(self._watch_clock(clock, rpc, host)),
+        ]
+        try:
+            await asyncio.wait([training, *care], return_when=asyncio.FIRST_COMPLETED)
+            for task in (training, *care):
+                if task.done():
+                    await task
+        finally:
+            replica.stop()
+            for task in (training, *care):
+                task.cancel()
+            await asyncio.gather(training, *care, return_exceptions=True)
+
+    async def _join_directory(self, stack: AsyncExitStack, connected: list[PeerId], clock: RunClock) -> Directory:
+        world, plan = self.world, self.world.plan
+        directory: Any
+        if plan.dht == "model":
+            directory = ModelDirectory(self, world.shelf, world.network.median_latency)
+        else:
+            assert self.host
+            node = self.dht = await start_dht(
+                self.host,
+                world.run_id,
+                initial_peers=connected,
+                max_ahead_seconds=(plan.retain + 3) * plan.seconds + 60,
+                wait_timeout_seconds=min(3.0, max(0.5, plan.exchange_seconds / 4)),
+                clock=clock.now,
+            )
+            stack.push_async_callback(stop_dht, node)
+            directory = CountingDirectory(self, node, self.identity, world.run_id, clock=clock.now)
+        stack.push_async_callback(directory.close)
+        return cast(Directory, directory)
+
+    def _make_replica(
+        self, exchange: NetworkExchange, clock: RunClock, presence: Presence, session: bytes
+    ) -> GossipReplica:
+        world, plan = self.world, self.world.plan
+        trainer = world.make_trainer(self)
+        codec: Codec = make_codec(plan.codec, plan.codec_parameters)
+
+        async def on_state(state: ReplicaState, residual: Flat | None) -> None:
+            self._save(state, residual)
+            world.background(presence.announce(state, replica.shards, clock.now(), plan.seconds))
+
+        lying = Liar(self, codec)
+        served: Exchange = LyingExchange(self, exchange)
+        replica = self.replica = GossipReplica(
+            peer=self.id,
+            module=MODULE,
+            rules=world.rules,
+            trainer=trainer,
+            codec=lying,
+            outer=OuterStep(1.0, plan.momentum),
+            exchange=served,
+            batches=self._batches,
+            held_out=world.held_out,
+            now=clock.now,
+            waits=WatchedWaits(clock.now, self.id, world.watch, self._excused),
+            emit=self.emit,
+            session=session,
+            on_state=on_state,
+            compute=Compute(world.loop, self),
+        )
+        return replica
+
+    def _batches(self, round_: Round) -> Iterator[torch.Tensor]:
+        return self.world.batches(self.id, round_)
+
+    def _save(self, state: ReplicaState, residual: Flat | None) -> None:
+        if not self.world.plan.checkpoints:
+            return
+        try:
+            if self.disk_full:
+                raise StateError("no space left on the simulated disk")
+            self._checkpoints.save(state, residual)
+            self._saved = True
+        except StateError as error:
+            self.emit("peer.checkpoint.failed", error=str(error))
+
+    async def _watch_clock(self, clock: RunClock, rpc: Rpc, host: MemoryHost) -> None:
+        while True:
+            await asyncio.sleep(CLOCK_CHECK_SECONDS)
+            try:
+                connected = [PeerId(info.peer_id.to_base58()) for info in await host.list_peers()]
+                measured = await clock.measure(rpc, connected)
+                if measured is not None and clock.correct(measured):
+                    self.emit("peer.clock.corrected", seconds=measured)
+            except PotluckError as error:
+                self.emit("peer.clock.unchecked", error=str(error))
+
+    async def measured(self, kind: str, records: int | None, operation: Any) -> Any:
+        """Run a DHT operation and note what it took, for the model of its cost. (kind, records, calls, bytes, s)."""
+        assert self.host
+        self.dht_operations += 1
+        began, calls, size = self.world.loop.time(), self.host.calls, self.host.call_bytes
+        result = await operation
+        # Operations of one peer overlap now and then: their calls are counted for both, and the median forgives it.
+        self.world.operations.append(
+            (
+                kind,
+                len(result.records) if records is None else records,
+                self.host.calls - calls,
+                self.host.call_bytes - size,
+                self.world.loop.time() - began,
+            )
+        )
+        return result
+
+    def emit(self, name: str, **fields: Any) -> None:
+        self.world.event(self, name, fields)
+
+
+class CountingDirectory(Directory):
+    """Counts what a peer asks of the DHT."""
+
+    def __init__(self, peer: SimPeer, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._owner = peer
+
+    async def publish(self, record: Record, expires_at: float, timeout_seconds: float) -> bool:
+        stored = super().publish(record, expires_at, timeout_seconds)
+        return bool(await self._owner.measured("publish", 1, stored))
+
+    async def _read(self, kind: Any, path: str, timeout_seconds: float) -> Any:
+        return await self._owner.measured("read", None, super()._read(kind, path, timeout_seconds))
+
+
+class Liar:
+    """A codec that may send something else than what was trained. Without a lie it is the run's codec."""
+
+    def __init__(self, peer: SimPeer, codec: Codec) -> None:
+        self._peer, self._codec = peer, codec
+        self.name, self.has_residual = codec.name, codec.has_residual
+
+    def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
+        match self._peer.lie:
+            case "scale":
+                delta = delta * np.float32(100.0)
+            case "sign":
+                delta = -delta
+        return self._codec.encode(delta, layout, residual)
+
+    def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:
+        return self._codec.decode(blob, layout)
+
+    def max_bytes(self, layout: Layout) -> int:
+        return self._codec.max_bytes(layout)
+
+
+class LyingExchange:
+    """Publishes and serves what a liar says. Everything else goes to the real one."""
+
+    def __init__(self, peer: SimPeer, exchange: NetworkExchange) -> None:
+        self._peer, self._exchange = peer, exchange
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._exchange, name)
+
+    async def offer(self, blob: bytes, reveal_at: float) -> Any:
+        if self._peer.lie == "garbage":
+            blob = hashlib.shake_128(blob).digest(len(blob))
+        return await self._exchange.offer(blob, reveal_at)
+
+    async def publish(self, commit: Any, expires_at: float, timeout_seconds: float) -> bool:
+        import msgspec
+
+        if self._peer.lie == "digest":
+            commit = msgspec.structs.replace(commit, digest="ab" * 32, history=2**40)
+        elif self._peer.lie == "tokens":
+            commit = msgspec.structs.replace(commit, tokens=2**40)
+        return await self._exchange.publish(commit, expires_at, timeout_seconds)

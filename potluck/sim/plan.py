@@ -1,0 +1,225 @@
+"""Fault plans: who takes part, on what network, and what goes wrong when. TOML for people, methods for tests.
+
+    plan = Plan(peers=8, rounds=10)
+    plan.crash(peer=2, round=5)
+
+Everything random follows from `seed`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from potluck.errors import UserError
+
+Kind = Literal[
+    "crash",
+    "restart",
+    "slow",
+    "freeze",
+    "partition",
+    "heal",
+    "lie",
+    "clock_skew",
+    "disk_full",
+    "join",
+    "organizer_dies",
+]
+Lie = Literal["garbage", "scale", "sign", "digest", "tokens"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Fault(_Part):
+    """One event. It strikes `peer`, or `count`, or a `share` of those that live, drawn from the seed."""
+
+    kind: Kind
+    round: int = Field(ge=0, le=100_000)
+    at: float = Field(default=0.3, ge=0, lt=1, description="part of the round that has passed by then")
+    peer: int | None = Field(default=None, ge=0)
+    count: int | None = Field(default=None, ge=1)
+    share: float | None = Field(default=None, gt=0, le=1)
+    rounds: float = Field(default=0, ge=0, description="how long it lasts, where it ends by itself (0: for good)")
+    factor: float = Field(default=4.0, gt=0, description="slow: how much longer a step takes")
+    seconds: float = Field(default=5.0, description="clock_skew: the clock's error; drawn from [-seconds, seconds]")
+    lie: Lie = "sign"
+
+    @model_validator(mode="after")
+    def _names_its_victims(self) -> Self:
+        given = [value for value in (self.peer, self.count, self.share) if value is not None]
+        if self.kind in ("heal", "organizer_dies"):
+            return self
+        if len(given) != 1:
+            raise ValueError(f"a {self.kind} needs one of peer, count and share")
+        return self
+
+
+class Lines(_Part):
+    """Home lines: medians in Mbit/s (0: no limit), log-normal with `spread`; shares of NAT classes."""
+
+    up_mbit: float = Field(default=0, ge=0)
+    down_mbit: float = Field(default=0, ge=0)
+    spread: float = Field(default=0.5, ge=0, le=3)
+    cone: float = Field(default=0, ge=0, le=1)
+    symmetric: float = Field(default=0, ge=0, le=1)
+    regions: int = Field(default=1, ge=1, le=4)
+
+
+class WeatherPart(_Part):
+    latency: float = Field(default=1.0, ge=0, le=100)
+    spread: float = Field(default=0.3, ge=0, le=3)
+    jitter: float = Field(default=0.1, ge=0, le=10)
+    loss: float = Field(default=0, ge=0, lt=1)
+    reset: float = Field(default=0, ge=0, lt=1)
+
+
+class Churn(_Part):
+    """Poisson arrivals; sessions are log-normal (sigma 1.5: most are short, a few last for days); a day's wave."""
+
+    arrivals_per_round: float = Field(default=0, ge=0)
+    session_rounds: float = Field(default=0, ge=0, description="median session; 0: they stay")
+    wave: float = Field(default=0, ge=0, le=1, description="amplitude of the day's wave on the arrivals")
+    wave_rounds: float = Field(default=1440, gt=0)
+
+
+class Plan(BaseModel):
+    """What `potluck simulate` runs."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(default="plan", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    about: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    peers: int = Field(default=10, ge=1, le=100_000)
+    rounds: int = Field(default=10, ge=1, le=100_000)
+    seconds: float = Field(default=60.0, ge=2, le=86400, description="length of a round")
+    exchange_seconds: float = Field(default=15.0, gt=0)
+    steps: int = Field(default=10, ge=1)
+    step_seconds: float = Field(default=3.0, gt=0, description="virtual seconds of one local step on a usual machine")
+    group_size: int = Field(default=16, ge=2, le=256)
+    retain: int = Field(default=6, ge=2)
+    fragments: int = Field(default=8, ge=1)
+    sync_limit: float = Field(default=3.0, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    codec: str = "int8"
+    codec_parameters: dict[str, float] = Field(default_factory=dict)
+    model: Literal["quadratic", "llama"] = Field(
+        default="quadratic", description="quadratic: a stand-in whose gradients are known; llama: real training, tiny"
+    )
+    parameters: int = Field(default=1024, ge=16, le=10_000_000, description="size of the quadratic")
+    train_rounds: int | None = Field(
+        default=None, ge=1, description="no local steps change anything from this round on: only averaging does"
+    )
+    noise: float = Field(default=0.5, ge=0, description="of the quadratic's gradients, beside their length")
+    dht: Literal["real", "model"] = Field(default="real", description="model: the DHT's calibrated cost and latency")
+    checkpoints: bool = Field(default=True, description="write real ones to disk, and check that they load")
+    join_over_rounds: float = Field(default=0.5, ge=0, description="the first peers arrive over this time")
+    upload_cap_mbit: float = Field(default=0, ge=0, description="--upload-limit of every peer; 0: none")
+    lines: Lines = Field(default_factory=Lines)
+    weather: WeatherPart = Field(default_factory=WeatherPart)
+    churn: Churn = Field(default_factory=Churn)
+    fault: list[Fault] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.exchange_seconds >= self.seconds / 2:
+            raise ValueError(f"exchange_seconds is {self.exchange_seconds:g}, allowed less than half of seconds")
+        if self.lines.cone + self.lines.symmetric > 1:
+            raise ValueError("lines: cone and symmetric together are more than all")
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Raises UserError that names the file and every wrong setting."""
+        try:
+            fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise UserError(f"{path}: {error}") from None
+        return cls.of(fields | {"name": fields.get("name", path.stem)}, str(path))
+
+    @classmethod
+    def of(cls, fields: dict[str, Any], where: str = "plan") -> Plan:
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'plan'}: {e['msg']}" for e in error.errors())
+            raise UserError(f"{where}: {wrong}") from None
+
+    # ---- what goes wrong ------------------------------------------------------------------------------------
+
+    def add(self, kind: Kind, round: int, **fields: Any) -> Self:
+        self.fault.append(Fault(kind=kind, round=round, **fields))
+        return self
+
+    def crash(self, peer: int, round: int, **fields: Any) -> Self:
+        """kill -9. With `rounds` it comes back after so many."""
+        return self.add("crash", round, peer=peer, **fields)
+
+    def restart(self, peer: int, round: int, **fields: Any) -> Self:
+        return self.add("restart", round, peer=peer, **fields)
+
+    def slow(self, peer: int, round: int, **fields: Any) -> Self:
+        return self.add("slow", round, peer=peer, **fields)
+
+    def freeze(self, peer: int, round: int, **fields: Any) -> Self:
+        """SIGSTOP: nothing comes from it and nothing happens in it, its connections stay."""
+        return self.add("freeze", round, peer=peer, **fields)
+
+    def partition(self, share: float, round: int, **fields: Any) -> Self:
+        return self.add("partition", round, share=share, **fields)
+
+    def heal(self, round: int, **fields: Any) -> Self:
+        return self.add("heal", round, **fields)
+
+    def lie(self, peer: int, round: int, lie: Lie = "sign", **fields: Any) -> Self:
+        return self.add("lie", round, peer=peer, lie=lie, **fields)
+
+    def clock_skew(self, peer: int, round: int, seconds: float, **fields: Any) -> Self:
+        return self.add("clock_skew", round, peer=peer, seconds=seconds, **fields)
+
+    def disk_full(self, peer: int, round: int, **fields: Any) -> Self:
+        return self.add("disk_full", round, peer=peer, **fields)
+
+
+def random_plan(seed: int) -> Plan:
+    """A small swarm with random faults: what the nightly hunt for bugs runs."""
+    import random
+
+    dice = random.Random(f"plan {seed}")
+    peers = 5 + int(16 * dice.random() ** 4)  # most are small, so that many seeds can be tried
+    rounds = dice.randint(5, 8)
+    plan = Plan(
+        name=f"seed-{seed}",
+        seed=seed,
+        peers=peers,
+        rounds=rounds,
+        seconds=20.0,
+        exchange_seconds=6.0,
+        steps=5,
+        step_seconds=2.0,
+        group_size=dice.choice([3, 4, 8, 16]),
+        fragments=dice.choice([1, 4]),
+        retain=dice.choice([2, 6]),
+        codec=dice.choice(["none", "int8", "sparse"]),
+        momentum=dice.choice([0.0, 0.8]),
+        parameters=64,
+        weather=WeatherPart(loss=dice.choice([0, 0.02]), reset=dice.choice([0, 0.001])),
+        lines=Lines(cone=dice.choice([0, 0.5]), symmetric=dice.choice([0, 0.2]), regions=dice.randint(1, 4)),
+    )
+    for _ in range(dice.randint(0, 8)):
+        kind: Kind = dice.choice(["crash", "slow", "freeze", "partition", "lie", "clock_skew", "disk_full", "join"])
+        when: dict[str, Any] = {"round": dice.randint(0, rounds - 1), "at": dice.randrange(1000) / 1000}
+        lasts = round(dice.choice([0.2, 1, 3]) * dice.random(), 3)
+        if kind == "partition":
+            plan.add(kind, share=0.5, rounds=lasts, **when)
+        elif kind == "lie":
+            plan.add(kind, count=1, lie=dice.choice(["garbage", "scale", "sign", "digest", "tokens"]), **when)
+        else:
+            plan.add(kind, count=dice.randint(1, max(1, peers // 3)), rounds=lasts, **when)
+    return plan

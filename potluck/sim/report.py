@@ -1,0 +1,114 @@
+"""A simulation's report as one HTML file with plots, and as JSON."""
+
+from __future__ import annotations
+
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from potluck.errors import UserError
+from potluck.sim.world import Report
+
+_PLOTS = (
+    ("loss", "loss (mean over peers)", "loss"),
+    ("drift", "drift between replicas (root mean square)", "drift"),
+    ("peers", "peers alive, applied, contributing", "peers"),
+    ("bytes_median", "bytes sent per peer", "bytes"),
+    ("digests", "different states among replicas", "states"),
+    ("group", "members of a group (mean)", "members"),
+)
+
+
+def to_json(report: Report) -> bytes:
+    """Numbers that are not finite become null."""
+    return msgspec.json.encode(report)
+
+
+def figures(report: Report) -> dict[str, Any]:
+    """The one line that `potluck simulate --json` ends with."""
+    return {
+        "name": report.plan["name"],
+        "seed": report.plan["seed"],
+        "peers": report.peers_seen,
+        "rounds": len(report.rounds),
+        "rounds_missed_by_survivors": report.survivors_missed,
+        "loss_ratio": report.loss_end / report.loss_start if report.loss_start else None,
+        "loss_start": report.loss_start,
+        "loss_end": report.loss_end,
+        "bytes_per_peer_per_round": report.bytes_per_peer_per_round,
+        "dht_operations_per_peer_per_round": report.dht_operations_per_peer_per_round,
+        "join_rounds_median": _median(report.join_rounds),
+        "heal_rounds": report.heal_rounds,
+        "missed": report.missed,
+        "violations": len(report.violations),
+        "trained": report.trained,
+        "dht": report.plan["dht"],
+        "trace": report.trace,
+        "seconds": report.seconds,
+    }
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
+def write(report: Report, folder: Path) -> tuple[Path, Path]:
+    """(HTML file, JSON file). Raises UserError if the folder cannot be written."""
+    name = report.plan["name"]
+    page, data = folder / f"{name}.html", folder / f"{name}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        data.write_bytes(to_json(report))
+        page.write_text(_page(report), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
+    return page, data
+
+
+def _page(report: Report) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(str(key))}</th><td>{html.escape(_text(value))}</td></tr>"
+        for key, value in figures(report).items()
+    )
+    violations = "".join(f"<li>{html.escape(text)}</li>" for text in report.violations) or "<li>none</li>"
+    plan = html.escape(msgspec.json.format(msgspec.json.encode(report.plan), indent=2).decode())
+    return f"""<!doctype html>
+<meta charset="utf-8"><title>{html.escape(report.plan["name"])}</title>
+<style>body{{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}th{{text-align:left;padding-right:1em}}
+pre{{background:#f4f4f4;padding:1em;overflow:auto}}svg{{max-width:100%;height:auto}}</style>
+<h1>{html.escape(report.plan["name"])}</h1><p>{html.escape(report.plan["about"])}</p>
+<p>Trained: {html.escape(report.trained)}. Replay: <code>{html.escape(report.replay)}</code></p>
+<table>{rows}</table><h2>Rounds</h2>{_plots(report)}
+<h2>Violations of invariants</h2><ul>{violations}</ul><h2>Plan</h2><pre>{plan}</pre>"""
+
+
+def _text(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _plots(report: Report) -> str:
+    try:
+        import matplotlib
+    except ImportError:
+        return "<p>(no plots: pip install 'potluck[plot]')</p>"
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(3, 2, figsize=(11, 10), layout="constrained")
+    numbers = [row["round"] for row in report.rounds]
+    for axis, (key, title, unit) in zip(axes.flat, _PLOTS, strict=True):
+        keys = ("peers", "applied", "contributed") if key == "peers" else (key,)
+        for each in keys:
+            axis.plot(numbers, [row[each] for row in report.rounds], label=each)
+        if len(keys) > 1:
+            axis.legend()
+        axis.set(title=title, xlabel="round", ylabel=unit)
+        for fault in report.plan["fault"]:
+            axis.axvline(fault["round"] + fault["at"], color="red", alpha=0.3, linewidth=1)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return out.getvalue().partition("<svg")[1] + out.getvalue().partition("<svg")[2]

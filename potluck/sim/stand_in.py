@@ -1,0 +1,105 @@
+"""What is trained in a simulation: a quadratic whose gradients are known, or a real, tiny language model.
+
+Both keep the virtual time that their steps take; the peer's machine pays it (`Machine.cost`).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.local import LocalResult, LocalTrainer
+
+#: Of the way to the minimum that one step of the quadratic goes.
+_RATE = 0.02
+_TOKENS = 1000
+Lie = Callable[[Flat], Flat]
+
+
+class Pace:
+    """Virtual seconds of local steps on one machine, and who asks for them."""
+
+    def __init__(self, step_seconds: float) -> None:
+        self.step_seconds, self.slowness, self._owed = step_seconds, 1.0, 0.0
+
+    def steps_until(self, most: int, may_start: Callable[[float], bool]) -> int:
+        """How many steps fit; the machine owes their time then. `may_start` knows only the time now."""
+        took, steps = self.step_seconds * self.slowness, 0
+        while steps < most and may_start((steps + 1) * took):
+            steps += 1
+        self._owed += steps * took
+        return steps
+
+    def paid(self) -> float:
+        owed, self._owed = self._owed, 0.0
+        return owed
+
+
+class Quadratic:
+    """Minimizes |theta - target|^2 / 2 with gradients whose noise is `noise` times as long as the target.
+
+    Implements `swarm.rounds.Trainer`. The noise follows from (seed, peer, round): a replayed run sees the same.
+    """
+
+    def __init__(self, parameters: int, noise: float, seed: int, name: str, pace: Pace) -> None:
+        rows = max(1, math.isqrt(parameters))
+        self.layout = Layout.of([("weight", (rows, -(-parameters // rows)))])
+        self.target = np.random.default_rng(seed).standard_normal(self.layout.size).astype(np.float32)
+        self.theta: Flat = self.layout.zeros()
+        self.pace, self._noise, self._name = pace, noise, f"{seed} {name}"
+        self.lie: Lie | None = None
+        #: From this step on nothing is learned any more.
+        self.last_step = 2**62
+
+    def load(self, theta: Flat) -> None:
+        self.theta = theta.copy()
+
+    def train(
+        self,
+        batches: Iterator[torch.Tensor],
+        max_steps: int,
+        first_step: int,
+        may_start: Callable[[float], bool] = lambda seconds: True,
+    ) -> LocalResult:
+        before = self.evaluate(torch.empty(0))
+        steps = self.pace.steps_until(max_steps, may_start)
+        dice = np.random.default_rng(zlib.crc32(f"{self._name} {first_step}".encode()))
+        way = np.float32(1 - (1 - _RATE) ** steps if first_step < self.last_step else 0.0)
+        noise = dice.standard_normal(self.layout.size).astype(np.float32) * np.float32(self._noise)
+        self.theta += way * (self.target + noise - self.theta)
+        return LocalResult(steps, _TOKENS * steps, before, self.evaluate(torch.empty(0)), 0.0)
+
+    def forget(self) -> None:
+        pass
+
+    def delta(self, theta: Flat) -> Flat:
+        delta: Flat = theta - self.theta
+        return self.lie(delta) if self.lie else delta
+
+    def evaluate(self, tokens: torch.Tensor) -> float:
+        return float(0.5 * np.mean(np.square(self.theta - self.target), dtype=np.float64))
+
+
+class PacedTrainer(LocalTrainer):
+    """Real local training in virtual time."""
+
+    pace: Pace
+    lie: Lie | None = None
+
+    def train(
+        self,
+        batches: Iterator[torch.Tensor],
+        max_steps: int,
+        first_step: int,
+        may_start: Callable[[float], bool] = lambda seconds: True,
+    ) -> LocalResult:
+        return super().train(batches, self.pace.steps_until(max_steps, may_start), first_step)
+
+    def delta(self, theta: Flat) -> Flat:
+        delta = super().delta(theta)
+        return self.lie(delta) if self.lie else delta

@@ -15,8 +15,8 @@ def generate(
     home: HomeOption = None,
     run: RunOption = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, max=100_000, help="Tokens to add.")] = 200,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest.")] = 0.7,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0: the likeliest.")] = 0.7,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text with the model as this peer has it.

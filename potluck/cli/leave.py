@@ -29,7 +29,8 @@ def leave(
     socket = Home(home or default_home()).find_run(run).control_socket
     answer = asyncio.run(ask(socket, "leave"))
     if not as_json:
-        print(f"leaving after round {answer['leaving_after_round']}")
+        after = answer["leaving_after_round"]
+        print("leaving as soon as it has joined" if after is None else f"leaving after round {after}")
     while wait and socket.exists():
         try:
             asyncio.run(ask(socket, "why"))

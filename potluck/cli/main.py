@@ -23,7 +23,8 @@ app = typer.Typer(
     "Join one:      potluck join 'potluck:...'\n\n"
     "See it work:   potluck demo\n\n"
     "Exit codes: 0 done, 1 a bug, 2 a wrong setting, 3 identity, 4 manifest or invite, 5 hardware, 6 network, "
-    "7 a peer broke the protocol, 8 clock, 9 a checkpoint or state does not load, 130 interrupted.",
+    "7 a peer broke the protocol, 8 clock, 9 a checkpoint or state does not load, 130 interrupted before it had joined "
+    "(or ended by force).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -72,6 +73,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,5 +83,8 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "show"):  # click's usage errors show themselves
             raise
+        if "--json" in sys.argv:
+            text = getattr(error, "message", str(error))
+            print(json.dumps({"error": text, "kind": "UsageError", "exit_code": 2}), flush=True)
         error.show()
         sys.exit(2)

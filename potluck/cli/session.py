@@ -25,6 +25,7 @@ EXIT_SECONDS = 4.5
 INTERRUPTED = 130
 #: Bytes per second.
 MIN_UPLOAD = 10_000
+MIN_QUOTA = 1_000_000
 
 
 def run_peer(
@@ -46,6 +47,12 @@ def run_peer(
     """Train until the run is left. Errors of the peer propagate."""
     quota = parse_bytes("--disk-quota", disk_quota)
     upload = parse_bytes("--upload-limit", upload_limit) if upload_limit else None
+    if quota < MIN_QUOTA:
+        raise UserError(f"--disk-quota {disk_quota!r}: at least 1MB; contributions need some room")
+    for option, given in (("--listen", listen), ("--announce", announce)):
+        for address in given or []:
+            if not address.startswith(("/ip4/", "/ip6/", "/dns")):
+                raise UserError(f"{option} {address!r}: give a multiaddr like /ip4/0.0.0.0/tcp/4001")
     if upload is not None and upload < MIN_UPLOAD:
         raise UserError(f"--upload-limit {upload_limit!r}: at least 10KB; a peer that serves nothing cannot contribute")
     if not as_json and sys.stderr.isatty():

@@ -32,8 +32,9 @@ def _text(answer: dict[str, object]) -> str:
     if answer["phase"] == "not running":
         return f"run {str(answer['run'])[:8]}: {answer['detail']}"
     loss, rate = answer["loss"], answer["tokens_per_second"]
+    round_ = "-" if answer["round"] is None else answer["round"]
     lines = [
-        f"run        {answer['run_name']} ({str(answer['run'])[:8]}), {answer['phase']}, round {answer['round']}",
+        f"run        {answer['run_name']} ({str(answer['run'])[:8]}), {answer['phase']}, round {round_}",
         f"peer       {answer['peer']} {answer['name']}",
         f"loss       {loss:.4f}" if isinstance(loss, float) else "loss       no round finished yet",
         f"speed      {rate:,.0f} tokens/s" if isinstance(rate, float) else "speed      -",

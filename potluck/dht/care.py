@@ -45,13 +45,16 @@ async def dial(host: Host, addresses: Sequence[str]) -> dict[str, PeerId | Netwo
 
 
 async def keep_connected(
-    host: Host, book: AddressBook, dht: Callable[[], DHTNode | None], emit: Callable[..., None]
+    host: Host,
+    book: AddressBook,
+    dht: Callable[[], DHTNode | None],
+    emit: Callable[..., None],
+    every_seconds: float = CARE_SECONDS,
 ) -> None:
     """Forever. Two halves of a swarm that could not reach each other for a while find together again."""
     known = set[PeerId]()
     last_dial = -math.inf
     while True:
-        await asyncio.sleep(CARE_SECONDS)
         try:
             infos = await host.list_peers()
             peers = {PeerId(info.peer_id.to_base58()) for info in infos}
@@ -72,3 +75,4 @@ async def keep_connected(
                 await dial(host, lost if not peers else random.sample(lost, min(len(lost), REDIAL_AT_ONCE)))
         except (PotluckError, OSError) as error:
             emit("net.care.failed", error=str(error))
+        await asyncio.sleep(every_seconds)

@@ -10,6 +10,7 @@ import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 from urllib.parse import quote, unquote
 
@@ -25,6 +26,7 @@ _SCHEME: Final = "potluck:"
 _WRAPPING: Final = " \t\r\n\"'`<>()[]\u200b\u200e\u200f\u2028\ufeff\u00a0“”‘’«»"
 
 
+@lru_cache(maxsize=8192)
 def is_address(text: str) -> bool:
     """Whether an invite could name it."""
     try:

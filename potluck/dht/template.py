@@ -116,6 +116,8 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
 def load_toml(path: Path) -> ManifestDraft:
     """Read what an organizer wrote. Raises ManifestError that names the file and every wrong setting."""
     try:
+        if not path.is_file():
+            raise ManifestError(f"{path}: No such file: write one with `potluck run new`")
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest")
         fields = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -39,9 +39,12 @@ class RunClock:
 
         rpc.register(METHOD, read, max_request_bytes=64)
 
-    async def measure(self, rpc: Rpc, peers: Sequence[PeerId], timeout_seconds: float = 2.0) -> float | None:
-        """Median over peers of (their clock - ours) in seconds; None if nobody answered."""
-        measured = await asyncio.gather(*(self._offset_to(rpc, peer, timeout_seconds) for peer in peers[:_PEERS]))
+    async def measure(
+        self, rpc: Rpc, peers: Sequence[PeerId], timeout_seconds: float = 2.0, samples: int = _SAMPLES
+    ) -> float | None:
+        """Median over peers of (their clock - ours) in seconds; None if nobody answered. `samples`: per peer."""
+        asked = peers[:_PEERS]
+        measured = await asyncio.gather(*(self._offset_to(rpc, peer, timeout_seconds, samples) for peer in asked))
         offsets = [offset for offset in measured if offset is not None]
         return statistics.median(offsets) if offsets else None
 
@@ -58,10 +61,10 @@ class RunClock:
         self.offset += measured
         return True
 
-    async def _offset_to(self, rpc: Rpc, peer: PeerId, timeout_seconds: float) -> float | None:
+    async def _offset_to(self, rpc: Rpc, peer: PeerId, timeout_seconds: float, samples: int) -> float | None:
         """By the fastest of a few exchanges, assuming equal ways there and back (as NTP)."""
         best: tuple[float, float] | None = None
-        for _ in range(_SAMPLES):
+        for _ in range(samples):
             sent = self.now()
             try:
                 reply = await rpc.call(peer, METHOD, timeout_seconds=timeout_seconds, max_response_bytes=64)

@@ -36,11 +36,12 @@ class ControlServer:
     async def __aenter__(self) -> Self:
         if len(os.fsencode(self._path)) > MAX_SOCKET_PATH:
             raise UserError(f"--home: {self._path} is too long for a socket; choose a shorter path")
-        before = os.umask(0o177)
+        before = os.umask(0o077)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.parent.chmod(0o700)
             self._path.unlink(missing_ok=True)
+            os.umask(0o177)
             self._server = await asyncio.start_unix_server(self._serve, path=str(self._path), limit=MAX_LINE)
         except OSError as error:
             raise UserError(f"--home: cannot open a socket at {self._path}: {error.strerror}") from None

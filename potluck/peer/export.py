@@ -53,7 +53,7 @@ def generate_text(
     """Sample a continuation. `temperature` 0 takes the likeliest token each time."""
     torch.manual_seed(seed)
     if manifest.data.tokenizer == "bytes":
-        ids = torch.tensor([list(prompt.encode() or b"\n")])
+        ids = torch.tensor([list(prompt.encode("utf-8", "surrogateescape") or b"\n")])
     else:
         tokenizer = hub_tokenizer(manifest.data.tokenizer)
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -6,7 +6,7 @@ runs/<run id>/               one folder per run
     lock                     held by the process that trains
     checkpoints/<module>/    complete checkpoints
     blobs/                   contributions, bounded by --disk-quota
-    peers.json               addresses that answered last time
+    peers.json, listen.json  addresses that answered last time, and our own
     events.jsonl             the log (rotated at 16 MB)
 s/<8 characters of run id>/  control sockets (mode 0700), gone when the process ends
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,6 +64,18 @@ class RunFolder:
                 f"{self.manifest_path} cannot be used ({error}): remove it, then join again with an invite"
             ) from None
 
+    @property
+    def is_new(self) -> bool:
+        """Nothing of the run is known yet: joining it has never come so far."""
+        return not self.manifest_path.exists()
+
+    def save_listen(self, addresses: Sequence[str]) -> None:
+        write_atomically(self.path / "listen.json", msgspec.json.encode(list(addresses)))
+
+    def listen(self) -> list[str]:
+        """Where this peer listened last time: old invites stay good."""
+        return self._texts("listen.json")
+
     def remove(self) -> None:
         """Everything of this run."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -72,8 +84,11 @@ class RunFolder:
         write_atomically(self.path / "peers.json", msgspec.json.encode(addresses))
 
     def peers(self) -> list[str]:
+        return self._texts("peers.json")
+
+    def _texts(self, name: str) -> list[str]:
         try:
-            return msgspec.json.decode((self.path / "peers.json").read_bytes(), type=list[str])
+            return msgspec.json.decode((self.path / name).read_bytes(), type=list[str])
         except (FileNotFoundError, msgspec.MsgspecError):
             return []
 

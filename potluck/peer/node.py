@@ -72,7 +72,9 @@ class Node:
                 auto_relay=bool(self.relays) and self.settings.nat_port_map,
                 trusted_relays=self.relays if self.settings.nat_port_map else (),
                 on_event=self._on_daemon_event,
+                last_listen=self.folder.listen(),
             )
+            self.folder.save_listen(self.host.listening)
             self._stack.push_async_callback(self.host.shutdown)
             self.rpc = Rpc(self.host)
             await self.rpc.start()

@@ -29,7 +29,7 @@ from potluck.dht.invite import Invite, is_address
 from potluck.dht.manifest import Manifest, RunId, SignedManifest
 from potluck.dht.manifest import sign as sign_manifest
 from potluck.dht.template import load_toml
-from potluck.errors import ClockError, ManifestError, NetworkError, UserError
+from potluck.errors import ClockError, ManifestError, NetworkError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.clock import SAID_SECONDS, RunClock
 from potluck.net.fetch import fetch
@@ -137,7 +137,12 @@ class Peer:
     async def _take_part(self, folder: RunFolder, signed: SignedManifest | None, invite: Invite | None) -> Run:
         self._stack.enter_context(folder.locked())
         run = Run(self, folder, signed, invite)
-        await self._stack.enter_async_context(run)
+        try:
+            await self._stack.enter_async_context(run)
+        except BaseException:
+            if folder.is_new:
+                folder.remove()
+            raise
         return run
 
 
@@ -164,7 +169,7 @@ class Run:
         self._rounds_left: int | None = None
         self._fetched, self._read = Twentieths(), Twentieths()
         self._training: asyncio.Task[Any] | None = None
-        self._stopping = False
+        self._stopping = self._leaving = False
         self._parts: Parts | None = None
         self._directory: Directory | None = None
         self._checkpoints: CheckpointStore | None = None
@@ -208,6 +213,8 @@ class Run:
         with self._phase("directory", "the run's directory", 30, "the peer starts without it and asks again"):
             await self._enter_directory()
         self.replica = self._make_replica(self._parts)
+        if self._leaving:
+            self.replica.finish()
         self.phase = "training"
 
     def _build(self) -> Parts:
@@ -244,9 +251,10 @@ class Run:
             results = await self.node.dial(addresses)
         failures = [f"{address}: {why}" for address, why in results.items() if isinstance(why, NetworkError)]
         if failures and len(failures) == len(results):
-            if self._signed is None:
+            if self._invite is not None:
+                # Also with a checkpoint: to train alone beside those who go on would fork the run.
                 raise NetworkError(
-                    "none of the invite's peers can be reached: "
+                    "none of the invite's peers, and none known from last time, can be reached: "
                     + "; ".join(failures)
                     + ". Check the address and the firewall, or ask for a fresh invite"
                 )
@@ -495,8 +503,9 @@ class Run:
         }
 
     async def _leave(self) -> dict[str, Any]:
+        self._leaving = True
         if self.replica is None:
-            raise UserError("the peer has not joined yet; stop it with Ctrl-C")
+            return {"leaving_after_round": None}
         self.replica.finish()
         round_ = self.replica.state.round if self.replica.state else None
         return {"leaving_after_round": round_}

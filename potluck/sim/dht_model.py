@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from potluck.dht.directory import DirectoryView
 from potluck.dht.records import Commit, Record, Replica, Signed, commits_path, replicas_path
+from potluck.dht.storage import MAX_SUBKEYS
 
 if TYPE_CHECKING:
     from potluck.sim.peer import SimPeer
@@ -75,12 +76,12 @@ class ModelDirectory:
         pass
 
     async def _read(self, path: str, timeout_seconds: float) -> DirectoryView[Any]:
-        complete = await self._spend(READ, len(self._shelf.get(path, ())), timeout_seconds)
+        complete = await self._spend(READ, min(MAX_SUBKEYS, len(self._shelf.get(path, ()))), timeout_seconds)
         now = self._peer.world.utc()
         held = self._shelf.get(path, {})
         for peer in [peer for peer, signed in held.items() if signed.expires_at < now]:
             del held[peer]
-        return DirectoryView(tuple(signed for _, signed in sorted(held.items())), complete)
+        return DirectoryView(tuple(signed for _, signed in sorted(held.items())[:MAX_SUBKEYS]), complete)
 
     async def _spend(self, cost: Cost, records: int, timeout_seconds: float) -> bool:
         """Whether the operation was done in time. Its bytes are charged to who asked; each peer serves as many."""

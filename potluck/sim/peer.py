@@ -200,7 +200,7 @@ class SimPeer:
         start = saved.state if saved else world.theta_0
         training = asyncio.create_task(replica.run(start))
         care = [
-            asyncio.create_task(keep_connected(host, self, lambda: self.dht, self.emit)),
+            asyncio.create_task(keep_connected(host, self, lambda: self.dht, self.emit, plan.seconds / 6)),
             asyncio.create_task(self._watch_clock(clock, rpc, host)),
         ]
         try:
@@ -282,10 +282,10 @@ class SimPeer:
 
     async def _watch_clock(self, clock: RunClock, rpc: Rpc, host: MemoryHost) -> None:
         while True:
-            await asyncio.sleep(CLOCK_CHECK_SECONDS)
+            await asyncio.sleep(max(CLOCK_CHECK_SECONDS, self.world.plan.seconds))
             try:
                 connected = [PeerId(info.peer_id.to_base58()) for info in await host.list_peers()]
-                measured = await clock.measure(rpc, connected)
+                measured = await clock.measure(rpc, connected, samples=1)
                 if measured is not None and clock.correct(measured):
                     self.emit("peer.clock.corrected", seconds=measured)
             except PotluckError as error:

@@ -138,14 +138,14 @@ def _blocks(source: str, spec: DataSpec, progress: OnProgress) -> Iterator[tuple
         yield from _file_blocks(root, sorted(sources), progress)
     elif kind == "text":
         root = Path(where).expanduser()
-        if not root.exists():
+        if not where or not root.exists():
             raise UserError(f"data.source: {where!r} does not exist; name a file or folder of text")
         files = [root] if root.is_file() else [p for p in root.rglob("*") if p.is_file()]
         yield from _file_blocks(root if root.is_dir() else root.parent, sorted(files), progress)
     elif kind == "hf":
         yield from _dataset_blocks(where, spec, progress)
     else:
-        raise ManifestError(f"data.source: unknown source {source!r}; use python-stdlib, text:PATH or hf:NAME")
+        raise UserError(f"data.source or --data: unknown source {source!r}; use python-stdlib, text:PATH or hf:NAME")
 
 
 def _file_blocks(root: Path, files: Iterable[Path], progress: OnProgress) -> Iterator[tuple[str, bytes]]:

@@ -185,6 +185,7 @@ class GossipReplica:
         Returns the last state. The replica prefers the group's state over `start` whenever there is a group. With
         `theta_0`, `start` is only a placeholder: where there is no group, what `theta_0()` gives is trained instead.
         """
+        self._guess_shards()
         try:
             if theta_0 is None:
                 await self._become(start)
@@ -426,7 +427,7 @@ class GossipReplica:
         if members:
             self._emit("swarm.drift.measured", round=round_, rms=distance, step=length, members=members)
         wander = math.sqrt(math.fsum(s * s for s in self._steps))
-        if len(self._steps) == self.rules.fragments and distance > self.rules.sync_limit * wander:
+        if len(self._steps) == self.rules.fragments and 0 < self.rules.sync_limit * wander < distance:
             self._emit("swarm.drift.beyond", round=round_, rms=distance, limit=self.rules.sync_limit * wander)
             self._steps.clear()
             self._out_of_sync = True
@@ -493,7 +494,9 @@ class GossipReplica:
             self._drop_residual(reason)
             await self._become(state)
         self._out_of_sync = False
-        await self._replay(self.rules.clock.round_at(self._now()))
+        now = self.rules.clock.round_at(self._now())
+        # Where we contributed already, the group counts that: another contribution to the same round would split it.
+        await self._replay(Round(now + 1) if now in self._published else now)
         return True
 
     async def _catch_up(self, current: Round) -> None:

@@ -140,14 +140,22 @@ def test_ctrl_c_leaves_within_seconds_and_joining_again_resumes() -> None:
         await asyncio.wait_for(organizer.process.wait(), 20)  # promised within 5 s; the machine may be busy
         assert organizer.process.returncode == 0
         last = organizer.last["round"]
-        run = organizer.status["run"]
+        run, invite = organizer.status["run"], organizer.status["invite"]
 
         await party.restart(organizer, "host", manifest)
         assert organizer.status["run"] == run  # the same manifest resumes the same run
         await party.until("the checkpoint", lambda: bool(organizer.of("peer.checkpoint.loaded")), 30)
         loaded = organizer.of("peer.checkpoint.loaded")[-1]
         assert loaded["round"] == last + 1
+        assert organizer.status["invite"] == invite  # the same port again: what was published stays good
         await party.leave(organizer)
+
+        # Nobody answers any more: to train on alone would fork a run that may go on elsewhere.
+        assert organizer.process and organizer.reader
+        await party.restart(organizer, "join", invite, wait=False)
+        await asyncio.wait_for(organizer.process.wait(), 60)
+        await organizer.reader
+        assert organizer.process.returncode == 6 and "can be reached" in organizer.error_line()
 
     run_party(body)
 
@@ -186,6 +194,17 @@ def test_a_demo_that_is_stopped_leaves_nothing() -> None:
         demo.communicate(timeout=60)
         assert demo.returncode == 130
         assert not list(folder.glob("potluck-demo-*"))
+
+
+def test_leave_before_it_has_joined_is_remembered() -> None:
+    async def body(party: Party) -> None:
+        peer = await party.start("peer", "host", str(write_manifest(party.root)), wait=False)
+        await party.until("building", lambda: any(e["phase"] == "building" for e in peer.of("peer.phase")), 120)
+        assert (await ask(peer.folder.control_socket, "leave", timeout_seconds=20))["leaving_after_round"] is None
+        assert peer.process
+        assert await asyncio.wait_for(peer.process.wait(), 60) == 0
+
+    run_party(body)
 
 
 def test_two_processes_with_one_identity_are_not_both_let_in() -> None:

@@ -121,12 +121,15 @@ class GoHost:
         max_message_bytes: int = 1 << 20,
         startup_timeout_seconds: float = 30.0,
         on_event: OnEvent | None = None,
+        last_listen: Sequence[str] = (),
     ) -> GoHost:
         """Launch p2pd and attach to it.
 
         `run_dir` belongs to this host alone (it is locked): control sockets and the pid file. `listen` and
         `announce` are multiaddresses. `auto_relay` needs `trusted_relays`. `idle_timeout_seconds` is how long
-        a p2pd outlives us where the kernel cannot end it with its parent. `on_event(name, **fields)` gets
+        a p2pd outlives us where the kernel cannot end it with its parent. `last_listen`: what an earlier
+        host's `listening` was, taken again where `listen` leaves the ports open and they are free, so that its
+        addresses stay good. `on_event(name, **fields)` gets
         net.daemon.died, net.daemon.restarted and net.daemon.failed.
         Raises UserError (settings), NetworkError (a port in use), DaemonError (p2pd does not start).
         """
@@ -147,6 +150,8 @@ class GoHost:
         )
         run_dir = Path(os.path.abspath(run_dir))
         self = cls(identity, run_dir, settings, on_event)
+        if _with_ports(listen, last_listen) == tuple(last_listen):
+            self._listen = tuple(last_listen)
         try:
             self._prepare_run_dir()
             await self._launch()
@@ -219,6 +224,11 @@ class GoHost:
         for peer in peers:
             self._remember(peer.peer_id.to_base58(), tuple(str(addr) for addr in peer.addrs))
         return peers
+
+    @property
+    def listening(self) -> Sequence[str]:
+        """`listen`, with the ports that were taken."""
+        return self._listen
 
     async def _asked(self, what: str, ask: Callable[[P2P], Awaitable[Sequence[Any]]]) -> Sequence[Any]:
         try:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import tomllib
 from itertools import pairwise
@@ -202,6 +203,9 @@ def test_files_that_are_no_manifest_are_named(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     with pytest.raises(ManifestError, match=r"run\.toml: No such file"):
         load_toml(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ManifestError, match="No such file"):  # reading it would wait for ever
+        load_toml(tmp_path / "pipe")
     path.write_bytes(b"\xff\xfe = ")
     with pytest.raises(ManifestError, match="not TOML"):
         load_toml(path)

@@ -167,7 +167,7 @@ def test_small_offsets_stay_large_ones_are_corrected_and_huge_ones_refuse() -> N
 
 
 def test_control_socket_is_private_and_survives_garbage(short: Path) -> None:
-    path = short / "c.sock"
+    path = short / "s" / "run" / "c.sock"
 
     async def hello() -> dict[str, Any]:
         return {"hello": 1}
@@ -175,6 +175,8 @@ def test_control_socket_is_private_and_survives_garbage(short: Path) -> None:
     async def go() -> None:
         async with ControlServer(path, {"hello": hello}):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            # Not only root can go through them.
+            assert {stat.S_IMODE(folder.stat().st_mode) for folder in path.parents[:2]} == {0o700}
             assert await ask(path, "hello") == {"hello": 1}
             with pytest.raises(NetworkError, match="unknown command"):
                 await ask(path, "nothing")

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Tests run in two workers; each of their peers trains with one thread.
 WORKERS ?= 2
 
-.PHONY: demo test test-fast check bench wheel clean
+.PHONY: demo test test-fast nightly check bench wheel clean
 
 demo: $(STAMP)  ## train a small model with real peers on this machine
 	$(BIN)/potluck demo
@@ -16,6 +16,9 @@ test: $(STAMP)  ## all tests
 
 test-fast: $(STAMP)  ## without those that take more than ten seconds or need root
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not privileged" tests
+
+nightly: $(STAMP)  ## two thousand random swarms with random faults (hours)
+	POTLUCK_SEEDS=2000 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/sim -k random_swarms
 
 check: $(STAMP)  ## style, types, and the built wheel
 	$(BIN)/ruff check .

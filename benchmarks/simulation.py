@@ -168,7 +168,7 @@ def main() -> None:
         calibrate([25, 50, 100, 200], 4, options.group_size)
         return
     if options.quick:
-        options.peers, options.rounds, options.group_size, options.real, options.seeds = [10, 100, 1000], 2, 4, 10, 50
+        options.peers, options.rounds, options.group_size, options.real, options.seeds = [10, 100, 1000], 2, 3, 10, 50
     reports = cost_table(options.peers, options.rounds, options.group_size, options.real)
     sizes = sorted(reports)
     bytes_by_size = {str(n): round(reports[n].bytes_per_peer_per_round) for n in sizes}

@@ -198,7 +198,8 @@ class Network:
 
         def fly() -> None:
             when = self._loop.time() + self._seconds(source, target, channel)
-            channel.last = when = max(when, channel.last)  # a stream keeps its order
+            # A stream keeps its order; timers of one instant would not.
+            channel.last = when = max(when, channel.last + 1e-9)
             self._loop.call_at(when, land)
 
         def land() -> None:

@@ -395,7 +395,7 @@ class World:
         report.peers_seen = len(self.peers)
         if rows:
             report.loss_start, report.loss_end = rows[0]["loss"], rows[-1]["loss"]
-        late = rows[len(rows) // 4 :]
+        late = rows[len(rows) // 2 :]  # what joining cost is over by then
         report.bytes_per_peer_per_round = median(row["bytes_median"] for row in late) if late else 0.0
         for name in ("operations", "bytes"):
             rate = median(row[f"dht_{name}"] for row in late) if late else 0.0

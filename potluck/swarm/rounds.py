@@ -235,8 +235,12 @@ class GossipReplica:
             window.read_from, f"the commit deadline of round {window.round}", "the group's commits are read"
         )
         revealed = self._now()
+        if self._stop.is_set():
+            return  # the round is given up: pulled in haste, it would be applied alone
         view = await self._pull(window, mine)
         pulled = self._now()
+        if self._stop.is_set():
+            return
         agreed = await self._apply(window.round, view, clock.window(Round(window.round + 1)).train_until)
         # A peer that finished its steps early idles; only what lies behind `train_until` is the round's overhead.
         idle = max(0.0, min(window.train_until, revealed) - committed)

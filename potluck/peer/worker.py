@@ -249,7 +249,11 @@ class Run:
         addresses = [*invited, *self.folder.peers()]
         with self._phase("connecting", f"one of {len(addresses)} known peers", DIAL_SECONDS, "the peer gives up"):
             results = await self.node.dial(addresses)
-        failures = [f"{address}: {why}" for address, why in results.items() if isinstance(why, NetworkError)]
+        failures = [
+            " ".join(f"{address}: {why}".split())  # the daemon's reasons have many lines
+            for address, why in results.items()
+            if isinstance(why, NetworkError)
+        ]
         if failures and len(failures) == len(results):
             if self._invite is not None:
                 # Also with a checkpoint: to train alone beside those who go on would fork the run.

@@ -98,7 +98,8 @@ def test_late_joiner_takes_the_state_from_several_donors_though_one_dies_meanwhi
 
 def test_with_everybody_else_frozen_a_peer_keeps_its_clock_and_says_it_is_alone() -> None:
     async def body(party: Party) -> None:
-        organizer = await party.start("org", "host", str(write_manifest(party.root)))
+        manifest = write_manifest(party.root, rounds__seconds=5.0, rounds__exchange_seconds=2.2)
+        organizer = await party.start("org", "host", str(manifest))
         workers = await asyncio.gather(*(party.start(f"w{i}", "join", organizer.status["invite"]) for i in (1, 2)))
         await party.until("a common round", lambda: len(organizer.last.get("group", ())) == 3, 90)
         for worker in workers:
@@ -150,13 +151,6 @@ def test_ctrl_c_leaves_within_seconds_and_joining_again_resumes() -> None:
         assert organizer.status["invite"] == invite  # the same port again: what was published stays good
         await party.leave(organizer)
 
-        # Nobody answers any more: to train on alone would fork a run that may go on elsewhere.
-        assert organizer.process and organizer.reader
-        await party.restart(organizer, "join", invite, wait=False)
-        await asyncio.wait_for(organizer.process.wait(), 60)
-        await organizer.reader
-        assert organizer.process.returncode == 6 and "can be reached" in organizer.error_line()
-
     run_party(body)
 
 
@@ -194,6 +188,21 @@ def test_a_demo_that_is_stopped_leaves_nothing() -> None:
         demo.communicate(timeout=60)
         assert demo.returncode == 130
         assert not list(folder.glob("potluck-demo-*"))
+
+
+def test_where_nobody_answers_a_home_that_knows_the_run_does_not_fork_it() -> None:
+    async def body(party: Party) -> None:
+        organizer = await party.start("org", "host", str(write_manifest(party.root)))
+        worker = await party.start("w", "join", organizer.status["invite"], "--rounds", "1")
+        assert worker.process and worker.reader
+        await asyncio.wait_for(worker.process.wait(), 90)
+        await party.kill(organizer)
+        await party.restart(worker, "join", organizer.status["invite"], wait=False)
+        assert await asyncio.wait_for(worker.process.wait(), 90) == 6
+        await worker.reader
+        assert "can be reached" in worker.error_line()
+
+    run_party(body)
 
 
 def test_leave_before_it_has_joined_is_remembered() -> None:

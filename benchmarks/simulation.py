@@ -29,7 +29,8 @@ from rich.table import Table
 from potluck.sim.dht_model import PUBLISH, READ
 from potluck.sim.network import REGIONS
 from potluck.sim.plan import Plan, random_plan
-from potluck.sim.world import Report, simulate
+from potluck.sim.report import Report
+from potluck.sim.world import simulate
 
 console = Console(width=140)
 

@@ -34,10 +34,7 @@ from potluck.dht.records import (
     replicas_path,
     weights_path,
 )
-from potluck.dht.shards import count_replicas, estimate_replicas, next_shards, shard_of
 from potluck.net.identity import Identity
-
-__all__ = ["Directory", "DirectoryView", "count_replicas", "estimate_replicas", "next_shards", "shard_of"]
 
 #: Nodes that a read asks at least, if there are so many: twice those that hold a record, as neighbours
 #: differ.

@@ -319,14 +319,6 @@ class Manifest(ManifestDraft):
             raise ValueError(f"genesis is {self.genesis:.0f}, allowed from a day before to a year after `created`")
         return self
 
-    def round_at(self, now: float) -> int:
-        """The round that `now` (Unix seconds) falls into; negative before genesis."""
-        return int((now - self.genesis) // self.rounds.seconds)
-
-    def round_start(self, round: int) -> float:
-        """When a round starts, in Unix seconds."""
-        return self.genesis + round * self.rounds.seconds
-
     def check_known(
         self,
         *,

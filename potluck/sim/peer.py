@@ -29,7 +29,7 @@ from potluck.sim.invariants import WatchedWaits
 from potluck.sim.loop import Compute
 from potluck.sim.network import Line
 from potluck.sim.plan import Lie
-from potluck.sim.stand_in import Pace
+from potluck.sim.stand_in import MODULE, Pace
 from potluck.swarm.aggregate import Contribution
 from potluck.swarm.checkpoints import CheckpointStore
 from potluck.swarm.codecs import Codec, make_codec
@@ -44,7 +44,6 @@ from potluck.swarm.state import ReplicaState
 if TYPE_CHECKING:
     from potluck.sim.world import World
 
-MODULE = "stage.0"
 QUOTA_BYTES = 64 * 2**20
 CLOCK_CHECK_SECONDS = 30.0
 #: A real lane looks after itself every few seconds; among thousands of peers that would be most of all events.

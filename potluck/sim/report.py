@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import io
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from potluck.errors import UserError
-from potluck.sim.world import Report
 
 _PLOTS = (
     ("loss", "loss (mean over peers)", "loss"),
@@ -20,6 +21,33 @@ _PLOTS = (
     ("digests", "different states among replicas", "states"),
     ("group", "members of a group (mean)", "members"),
 )
+
+
+@dataclass
+class Report:
+    """What happened. `rounds`: one row per round, as `potluck simulate` plots them."""
+
+    plan: dict[str, Any]
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    missed: dict[str, int] = field(default_factory=dict)
+    join_rounds: list[float] = field(default_factory=list)
+    heal_rounds: float | None = None
+    violations: list[str] = field(default_factory=list)
+    survivors_missed: int = 0
+    loss_start: float = math.nan
+    loss_end: float = math.nan
+    bytes_per_peer_per_round: float = 0.0
+    dht_operations_per_peer_per_round: float = 0.0
+    dht_bytes_per_peer_per_round: float = 0.0
+    peers_seen: int = 0
+    trace: str = ""
+    events: int = 0
+    seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+    #: DHT operations of the last round: (kind, records, calls, bytes, seconds).
+    operations: list[tuple[str, int, int, int, float]] = field(default_factory=list)
+    trained: str = ""
+    replay: str = ""
 
 
 def to_json(report: Report) -> bytes:

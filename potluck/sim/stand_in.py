@@ -8,13 +8,26 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from potluck.dht.manifest import DataPart, ModelPart, TrainingPart
+from potluck.net.host import PeerId
+from potluck.sim.plan import Plan
+from potluck.swarm.data import Corpus, assigned_offsets, load_corpus
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult, LocalTrainer
+from potluck.swarm.model import build_module
+from potluck.swarm.phases import Round
+from potluck.swarm.rounds import Trainer
 
+if TYPE_CHECKING:
+    from potluck.sim.peer import SimPeer
+
+MODULE = "stage.0"
 #: Of the way to the minimum that one step of the quadratic goes.
 _RATE = 0.02
 _TOKENS = 1000
@@ -103,3 +116,53 @@ class PacedTrainer(LocalTrainer):
     def delta(self, theta: Flat) -> Flat:
         delta = super().delta(theta)
         return self.lie(delta) if self.lie else delta
+
+
+class Model:
+    """What is trained, shared by all peers of a simulation."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.held_out = torch.zeros(1, 2, dtype=torch.int64)
+        if plan.model == "quadratic":
+            first = self._quadratic("theta_0", None)
+            self.layout, self.theta_0 = first.layout, first.theta
+            return
+        sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        self._spec = ModelPart(family="llama", config=sizes | {"tie_word_embeddings": True}, seed=plan.seed % 2**31)
+        self._training = TrainingPart(learning_rate=3e-3, batch_size=4, betas=(0.5, 0.95), precision="float32")
+        torch.set_num_threads(1)
+        module = build_module(self._spec)
+        self.layout = Layout.of_module(module)
+        self.theta_0 = self.layout.gather(module)
+        self._corpus = _corpus()
+        self.held_out = self._corpus.held_out_batch(8)
+
+    def _quadratic(self, name: str, peer: SimPeer | None) -> Quadratic:
+        pace = peer.pace if peer else Pace(1.0)
+        return Quadratic(self._plan.parameters, self._plan.noise, self._plan.seed % 2**32, name, pace)
+
+    def trainer(self, peer: SimPeer) -> Trainer:
+        if self._plan.model == "quadratic":
+            quadratic = self._quadratic(str(peer.number), peer)
+            if self._plan.train_rounds is not None:
+                quadratic.last_step = self._plan.train_rounds * self._plan.steps
+            return quadratic
+        trainer = PacedTrainer(build_module(self._spec), self._training, torch.device("cpu"))
+        trainer.pace = peer.pace
+        return trainer
+
+    def batches(self, peer: PeerId, round_: Round) -> Iterator[torch.Tensor]:
+        if self._plan.model == "quadratic":
+            return
+        size, first = self._training.batch_size, 0
+        while True:
+            offsets = assigned_offsets(b"sim", MODULE, peer, round_, first, size, self._corpus)
+            yield self._corpus.batch(offsets)
+            first += size
+
+
+@lru_cache(maxsize=1)
+def _corpus() -> Corpus:
+    return load_corpus(DataPart(sequence_length=32))

@@ -13,13 +13,10 @@ import math
 import random
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,19 +25,19 @@ import msgspec
 import numpy as np
 import torch
 
-from potluck.dht.manifest import ModelPart, RunId, TrainingPart
+from potluck.dht.manifest import RunId
 from potluck.dht.node import quieten_hivemind
 from potluck.net.host import PeerId
 from potluck.net.hosts.memory import Lan
 from potluck.sim.dht_model import Shelf
+from potluck.sim.hivemind import HivemindInVirtualTime
 from potluck.sim.invariants import Watch
 from potluck.sim.loop import VirtualLoop, run
 from potluck.sim.network import Line, Nat, Network, Weather
-from potluck.sim.peer import MODULE, QUOTA_BYTES, SimPeer
+from potluck.sim.peer import QUOTA_BYTES, SimPeer
 from potluck.sim.plan import Fault, Plan
-from potluck.sim.stand_in import PacedTrainer, Quadratic
-from potluck.swarm.data import assigned_offsets, load_corpus
-from potluck.swarm.model import build_module
+from potluck.sim.report import Report
+from potluck.sim.stand_in import MODULE, Model
 from potluck.swarm.phases import Round, RoundClock
 from potluck.swarm.rounds import RoundRules, Trainer
 from potluck.swarm.state import ReplicaState
@@ -53,33 +50,6 @@ INVITED = 3
 DRIFT_SAMPLE = 64
 
 OnRound = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class Report:
-    """What happened. `rounds`: one row per round, as `potluck simulate` plots them."""
-
-    plan: dict[str, Any]
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    missed: dict[str, int] = field(default_factory=dict)
-    join_rounds: list[float] = field(default_factory=list)
-    heal_rounds: float | None = None
-    violations: list[str] = field(default_factory=list)
-    survivors_missed: int = 0
-    loss_start: float = math.nan
-    loss_end: float = math.nan
-    bytes_per_peer_per_round: float = 0.0
-    dht_operations_per_peer_per_round: float = 0.0
-    dht_bytes_per_peer_per_round: float = 0.0
-    peers_seen: int = 0
-    trace: str = ""
-    events: int = 0
-    seconds: float = 0.0
-    peak_memory_mb: float = 0.0
-    #: DHT operations of the last round: (kind, records, calls, bytes, seconds).
-    operations: list[tuple[str, int, int, int, float]] = field(default_factory=list)
-    trained: str = ""
-    replay: str = ""
 
 
 class World:
@@ -119,7 +89,7 @@ class World:
         #: What each DHT operation took: see `SimPeer.measured`.
         self.operations: list[tuple[str, int, int, int, float]] = []
         self.living = 0
-        self._model = _Model(plan)
+        self._model = Model(plan)
         self.layout = self._model.layout
         self.held_out = self._model.held_out
         velocity = self.layout.zeros() if plan.momentum else None
@@ -423,62 +393,6 @@ class World:
         return None
 
 
-class _Model:
-    """What is trained, shared by all peers of a simulation."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self.held_out = torch.zeros(1, 2, dtype=torch.int64)
-        if plan.model == "quadratic":
-            first = self._quadratic("theta_0", None)
-            self.layout, self.theta_0 = first.layout, first.theta
-            return
-        sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
-        self._spec = ModelPart(family="llama", config=sizes | {"tie_word_embeddings": True}, seed=plan.seed % 2**31)
-        self._training = TrainingPart(learning_rate=3e-3, batch_size=4, betas=(0.5, 0.95), precision="float32")
-        torch.set_num_threads(1)
-        module = build_module(self._spec)
-        from potluck.swarm.layout import Layout
-
-        self.layout = Layout.of_module(module)
-        self.theta_0 = self.layout.gather(module)
-        self._corpus = _corpus()
-        self.held_out = self._corpus.held_out_batch(8)
-
-    def _quadratic(self, name: str, peer: SimPeer | None) -> Quadratic:
-        from potluck.sim.stand_in import Pace
-
-        pace = peer.pace if peer else Pace(1.0)
-        return Quadratic(self._plan.parameters, self._plan.noise, self._plan.seed % 2**32, name, pace)
-
-    def trainer(self, peer: SimPeer) -> Trainer:
-        if self._plan.model == "quadratic":
-            quadratic = self._quadratic(str(peer.number), peer)
-            if self._plan.train_rounds is not None:
-                quadratic.last_step = self._plan.train_rounds * self._plan.steps
-            return quadratic
-        trainer = PacedTrainer(build_module(self._spec), self._training, torch.device("cpu"))
-        trainer.pace = peer.pace
-        return trainer
-
-    def batches(self, peer: PeerId, round_: Round) -> Iterator[torch.Tensor]:
-        if self._plan.model == "quadratic":
-            return
-        size, first = self._training.batch_size, 0
-        while True:
-            offsets = assigned_offsets(b"sim", MODULE, peer, round_, first, size, self._corpus)
-            yield self._corpus.batch(offsets)
-            first += size
-
-
-@lru_cache(maxsize=1)
-def _corpus() -> Any:
-    from potluck.dht.manifest import DataPart
-
-    return load_corpus(DataPart(sequence_length=32))
-
-
 def simulate(plan: Plan, on_round: OnRound | None = None, strict: bool = False) -> Report:
     """Run a plan to its end. Blocking; leaves nothing behind. `strict` raises Violation at the first one."""
     quieten_hivemind()
@@ -497,7 +411,7 @@ def simulate(plan: Plan, on_round: OnRound | None = None, strict: bool = False) 
 
 async def _simulate(loop: VirtualLoop, plan: Plan, root: Path, on_round: OnRound | None, strict: bool) -> Report:
     loop.set_exception_handler(_ignore_lost_tasks)
-    with _hivemind_in_virtual_time(lambda: EPOCH + loop.time()):
+    with HivemindInVirtualTime(lambda: EPOCH + loop.time()):
         return await World(loop, plan, root, on_round, strict).run()
 
 
@@ -505,29 +419,3 @@ def _ignore_lost_tasks(loop: asyncio.AbstractEventLoop, context: dict[str, Any])
     """hivemind loses tasks of searches that were cut short. Everything else is said."""
     if "was destroyed but it is pending" not in context.get("message", ""):
         loop.default_exception_handler(context)
-
-
-class _hivemind_in_virtual_time:
-    """hivemind asks the machine for the time, by a name that each of its modules imported; and it spells out every peer
-    id again, which thousands of peers would spend a fifth of their time on."""
-
-    def __init__(self, utc: Callable[[], float]) -> None:
-        self._utc = utc
-        self._patched: list[tuple[Any, str, Any]] = []
-
-    def __enter__(self) -> None:
-        import base58
-
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("hivemind") and hasattr(module, "get_dht_time"):
-                self._patch(module, "get_dht_time", self._utc)
-        for name in ("b58encode", "b58decode"):
-            self._patch(base58, name, lru_cache(maxsize=65536)(getattr(base58, name)))
-
-    def _patch(self, module: Any, name: str, value: Any) -> None:
-        self._patched.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-
-    def __exit__(self, *exc: Any) -> None:
-        for module, name, value in self._patched:
-            setattr(module, name, value)

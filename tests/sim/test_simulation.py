@@ -14,8 +14,8 @@ from potluck.errors import UserError
 from potluck.net.host import PeerId
 from potluck.sim.invariants import Violation, Watch, WatchedWaits
 from potluck.sim.plan import Plan, random_plan
-from potluck.sim.report import write
-from potluck.sim.world import Report, simulate
+from potluck.sim.report import Report, write
+from potluck.sim.world import simulate
 
 PLANS = sorted((Path(__file__).parents[2] / "docs" / "plans").glob("*.toml"))
 

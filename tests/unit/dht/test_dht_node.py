@@ -6,13 +6,15 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
-from hivemind.dht.routing import DHTID
+from hivemind.dht.routing import DHTID, RoutingTable
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord
+from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 from hypothesis import given
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 
 from potluck.dht import protocol as wire
 from potluck.dht.directory import Directory
-from potluck.dht.node import add_peers, peers_known, start_dht, stop_dht
+from potluck.dht.node import add_peers, network_size, peers_known, start_dht, stop_dht
 from potluck.dht.protocol import BoundedSerializer, node_id_of
 from potluck.dht.records import RejectedRecord, encode, key_id, key_name
 from potluck.dht.storage import MAX_KEY_BYTES, RecordStorage
@@ -490,3 +492,16 @@ def test_the_parser_reads_hiveminds_dictionaries_and_nothing_nested() -> None:
             BoundedSerializer.loads(bad)
     shuffled = random.Random(0).sample(items, 3)
     assert len(BoundedSerializer.loads(MSGPackSerializer.dumps(dictionary(*shuffled)))) == 3
+
+
+@pytest.mark.parametrize("nodes", [1, 5, 39, 100, 1000, 10_000])
+def test_the_size_of_the_network_is_known_within_a_factor_of_two(nodes: int) -> None:
+    dice = random.Random(nodes)
+    me = DHTID(dice.getrandbits(160))
+    table = RoutingTable(me, bucket_size=20, depth_modulo=5)
+    for number in range(nodes - 1):
+        table.add_or_update_node(DHTID(dice.getrandbits(160)), PeerID(number.to_bytes(32, "big")))
+    node: Any = SimpleNamespace(node_id=me, protocol=SimpleNamespace(routing_table=table))
+    size = network_size(node)
+    assert nodes / 2 <= size <= nodes * 2
+    assert nodes > 39 or size == nodes  # few are counted

@@ -193,12 +193,6 @@ def test_a_mistyped_genesis_is_refused() -> None:
         draft.finish(identity(0).peer_id, created=NOW, genesis=NOW * 1000)
 
 
-def test_rounds_follow_the_clock() -> None:
-    run = manifest()
-    assert run.round_at(run.genesis - 0.1) == -1
-    assert run.round_at(run.round_start(7)) == 7
-
-
 def test_files_that_are_no_manifest_are_named(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     with pytest.raises(ManifestError, match=r"run\.toml: No such file"):

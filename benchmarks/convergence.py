@@ -352,7 +352,7 @@ def summarize(results: dict[str, list[dict[str, Any]]], size: Size) -> dict[str,
         summary[f"{name}_ddp_ratio"] = summary.pop(f"{name}_ratio")
         if none := results.get(name.replace("sparse", "none")):
             summary[f"{name}_ratio"] = round(mean_ratio(results[name], none, end), 4)
-    return summary | {"tokens": ddp[0]["tokens"], "seeds": len(ddp)}
+    return summary | {"tokens": ddp[0]["tokens"], "seeds": min(map(len, results.values()))}
 
 
 def show(results: dict[str, list[dict[str, Any]]], size: Size, console: Console) -> None:

@@ -12,6 +12,9 @@ import typer
 from potluck.cli.options import HomeOption, JsonOption, RunOption
 from potluck.errors import NetworkError
 
+#: Times in a row that a peer may not answer within five seconds before `--wait` gives up.
+MAX_HANGS = 12
+
 
 def leave(
     home: HomeOption = None,
@@ -31,11 +34,15 @@ def leave(
     if not as_json:
         after = answer["leaving_after_round"]
         print("leaving as soon as it has joined" if after is None else f"leaving after round {after}")
+    hangs = 0
     while wait and socket.exists():
         try:
             asyncio.run(ask(socket, "why"))
         except PeerHangs:
-            continue  # busy, not gone
+            hangs += 1  # busy, not gone
+            if hangs > MAX_HANGS:
+                raise
+            continue
         except NetworkError:
             break
         time.sleep(0.2)

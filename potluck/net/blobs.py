@@ -186,6 +186,7 @@ class BlobStore:
         self._partial: dict[BlobId, int] = {}  # sizes; oldest first
         self._receiving: set[BlobId] = set()
         self._memory: dict[BlobId, tuple[ChunkList, _Pieces]] = {}
+        self._last_read: dict[BlobId, float] = {}
         self._maps: OrderedDict[BlobId, memoryview] = OrderedDict()
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -241,6 +242,11 @@ class BlobStore:
         with self._lock:
             return blob_id in self._metas or blob_id in self._memory
 
+    def idle_seconds(self, blob_id: BlobId) -> float:
+        """Since a blob in memory was last read; infinite if never."""
+        with self._lock:
+            return self._clock() - self._last_read.get(blob_id, -math.inf)
+
     def is_lent(self, blob_id: BlobId) -> bool:
         """Whether it is served from memory (`add_memory`)."""
         with self._lock:
@@ -288,6 +294,7 @@ class BlobStore:
                 raise IndexError(f"blob {blob_id[:12]} has no chunk {index}")
             span = chunk_span(size, index)
             if blob_id in self._memory:
+                self._last_read[blob_id] = self._clock()
                 return self._memory[blob_id][1].read(span)
             return self.open(blob_id)[span]
 
@@ -434,6 +441,7 @@ class BlobStore:
     def drop_memory(self, blob_id: BlobId) -> None:
         with self._lock:
             self._memory.pop(blob_id, None)
+            self._last_read.pop(blob_id, None)
 
     # --- fetches that have not ended
 

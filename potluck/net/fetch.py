@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import mmap
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from blake3 import blake3
@@ -50,6 +52,8 @@ class FetchReport:
 #: (bytes done, bytes in total)
 OnProgress = Callable[[int, int], None]
 
+#: From this size on a buffer is worth pages of its own.
+_HUGE_BYTES = 8 << 20
 #: A holder whose stream breaks, or whose handler fails, this often in a row is given up.
 _MAX_FAILURES = 4
 _MIN_BACKOFF_SECONDS = 0.1
@@ -74,12 +78,14 @@ async def fetch(
     on_progress: OnProgress | None = None,
     window: int = 4,
     report: FetchReport | None = None,
+    may_come: bool = True,
 ) -> memoryview:
     """The blob's bytes, every chunk verified, from all holders in parallel (`window` requests each).
 
     With `store` the chunks are kept on disk as they come, so that a later fetch resumes, and the blob is in
     the store afterwards. `into` (exactly `ref.size` bytes) receives the data. `report` is filled in, also when
-    the fetch fails. Raises BlobError if `ref.size` exceeds `max_bytes`; BlobUnavailable, with each holder's
+    the fetch fails. `may_come`: a holder that does not have it yet is asked again; without,
+    its word is final. Raises BlobError if `ref.size` exceeds `max_bytes`; BlobUnavailable, with each holder's
     reason, if nobody delivers in time; UserError if the store is full. A retry is safe, and resumes with
     `store`.
     """
@@ -93,7 +99,7 @@ async def fetch(
         if ChunkList(0, b"").blob_id != ref.id:
             raise BlobError(f"blob {ref.id[:12]} is not empty")
         return memoryview(b"")
-    job = _Fetch(rpc, ref, holders, timeout_seconds, window, on_progress, report or FetchReport())
+    job = _Fetch(rpc, ref, holders, timeout_seconds, window, on_progress, report or FetchReport(), may_come)
     try:
         if ref.size <= CHUNK_BYTES:
             data = into if into is not None else memoryview(bytearray(ref.size))
@@ -108,7 +114,7 @@ async def fetch(
         job.chunks = chunks
         target = store.begin_partial(chunks) if store is not None else None
         if store is None or target is None:
-            data = into if into is not None else memoryview(bytearray(ref.size))
+            data = into if into is not None else new_buffer(ref.size)
             await job.receive(range(chunk_count(ref.size)), data)
             return data
         try:
@@ -120,6 +126,18 @@ async def fetch(
             store.pause_partial(ref.id)
     finally:
         await job.cancel(list(job.requests))
+
+
+def new_buffer(size: int) -> memoryview:
+    """Memory to receive into, page-aligned. In huge pages where the system has them: the page faults of fresh memory
+    cost more than the transfer itself."""
+    if size < _HUGE_BYTES:
+        return memoryview(bytearray(size))
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(pages)
 
 
 def _deliver(data: memoryview, into: memoryview | None) -> memoryview:
@@ -167,6 +185,7 @@ class _Fetch:
         window: int,
         on_progress: OnProgress | None,
         report: FetchReport,
+        may_come: bool,
     ) -> None:
         self.chunks: ChunkList | None = None
         self.requests: dict[asyncio.Task[int], _Request] = {}
@@ -178,6 +197,7 @@ class _Fetch:
         self._window = window
         self._on_progress = on_progress
         self._report = report
+        self._may_come = may_come
         self._target = memoryview(b"")
         self._waiting: deque[int] = deque()
         self._missing: set[int] = set()
@@ -362,6 +382,8 @@ class _Fetch:
         if not (isinstance(error, RpcRemoteError) and error.kind in _MAY_COME):
             holder.failures += 1
             holder.dropped = holder.failures >= _MAX_FAILURES
+        elif not self._may_come and error.kind == BlobNotFound.__name__:
+            holder.dropped = True
         holder.retry_at = now + holder.backoff_seconds
         holder.backoff_seconds = min(2 * holder.backoff_seconds, _MAX_BACKOFF_SECONDS)
 

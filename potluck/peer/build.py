@@ -15,6 +15,7 @@ from potluck.swarm.local import LocalTrainer
 from potluck.swarm.model import build_module, count_parameters
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round, RoundClock
+from potluck.swarm.pull import MAX_OF_GROUP_SIZE
 from potluck.swarm.rounds import RoundRules
 from potluck.swarm.state import ReplicaState
 
@@ -56,15 +57,15 @@ def build(
     return Parts(LocalTrainer(module, manifest.training, where, micro_batch=micro_batch), corpus, theta_0)
 
 
-def initial_state(manifest: Manifest) -> ReplicaState:
+def initial_state(manifest: Manifest, device: str = "cpu") -> ReplicaState:
     """theta_0 from the manifest's seed, its digest computed. Blocking. Raises ManifestError or HardwareError."""
-    check_memory(manifest, torch.device("cpu"))
+    check_memory(manifest, choose_device(device))
     return state_of(build_module(manifest.model, MODULE), manifest)
 
 
 def check_memory(manifest: Manifest, device: torch.device) -> None:
     """Raises HardwareError before a model is built that does not fit."""
-    dense = 1 if manifest.codec.name == "sparse" else manifest.rounds.group_size
+    dense = 1 if manifest.codec.name == "sparse" else MAX_OF_GROUP_SIZE * manifest.rounds.group_size
     check_fits(count_parameters(manifest.model), manifest.training.optimizer, dense, device)
 
 

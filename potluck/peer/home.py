@@ -136,7 +136,9 @@ class Home:
         found = []
         for path in (self.path / "runs").glob("*/manifest.bin"):
             try:
-                found.append((path.stat().st_mtime, self.run(parse_run_id(path.parent.name))))
+                lock = path.parent / "lock"  # opened anew by every process that takes part
+                used = max(file.stat().st_mtime for file in (path, lock) if file.exists())
+                found.append((used, self.run(parse_run_id(path.parent.name))))
             except (ManifestError, OSError):
                 continue
         return [run for _, run in sorted(found, key=lambda item: -item[0])]

@@ -74,8 +74,8 @@ class Node:
                 on_event=self._on_daemon_event,
                 last_listen=self.folder.listen(),
             )
-            self.folder.save_listen(self.host.listening)
             self._stack.push_async_callback(self.host.shutdown)
+            self.folder.save_listen(self.host.listening)
             self.rpc = Rpc(self.host)
             await self.rpc.start()
             self._stack.push_async_callback(self.rpc.close)

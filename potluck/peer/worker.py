@@ -55,6 +55,7 @@ CLOCK_CHECK_SECONDS = 30.0
 #: What a step or a fetch under way gets to end by itself when the peer is stopped.
 STOP_SECONDS = 1.0
 THETA_0_SECONDS = 300.0
+DIRECTORY_SECONDS = 30.0
 #: Held-out windows evaluated at the start of each round: the loss curve costs little beside the round's steps.
 EVALUATED_WINDOWS = 8
 
@@ -100,7 +101,7 @@ class Peer:
         choose_device(self.settings.device)
         if folder := self._hosted(unsigned):
             return await self._take_part(folder, folder.manifest(), None)
-        theta_0 = await asyncio.to_thread(initial_state, unsigned)
+        theta_0 = await asyncio.to_thread(initial_state, unsigned, self.settings.device)
         now = time.time()
         signed = sign_manifest(
             draft.finish(
@@ -135,14 +136,16 @@ class Peer:
         return await self._take_part(folder, folder.manifest(), parsed)
 
     async def _take_part(self, folder: RunFolder, signed: SignedManifest | None, invite: Invite | None) -> Run:
-        self._stack.enter_context(folder.locked())
-        run = Run(self, folder, signed, invite)
-        try:
-            await self._stack.enter_async_context(run)
-        except BaseException:
-            if folder.is_new:
-                folder.remove()
-            raise
+        async with AsyncExitStack() as stack:
+            stack.enter_context(folder.locked())
+            run = Run(self, folder, signed, invite)
+            try:
+                await stack.enter_async_context(run)
+            except BaseException:
+                if folder.is_new:
+                    folder.remove()
+                raise
+            self._stack.push_async_exit(stack.pop_all())
         return run
 
 
@@ -188,6 +191,9 @@ class Run:
         return self
 
     async def __aexit__(self, *exc: Any) -> None:
+        self.stop()
+        if self._training and self._training is not asyncio.current_task():
+            await asyncio.wait([self._training])
         await self._stack.aclose()
         self.events.close()
 
@@ -210,8 +216,12 @@ class Run:
             await self._check_clock(first=True)
         with self._phase("building", "model and data to be built", 300, "it goes on: data may be large"):
             self._parts = await asyncio.to_thread(self._build)
-        with self._phase("directory", "the run's directory", 30, "the peer starts without it and asks again"):
-            await self._enter_directory()
+        with self._phase("directory", "the run's directory", DIRECTORY_SECONDS, "the peer gives up"):
+            try:
+                async with asyncio.timeout(DIRECTORY_SECONDS):
+                    await self._enter_directory()
+            except TimeoutError:
+                raise NetworkError(f"the run's directory did not open within {DIRECTORY_SECONDS:.0f} s") from None
         self.replica = self._make_replica(self._parts)
         if self._leaving:
             self.replica.finish()
@@ -314,6 +324,8 @@ class Run:
         When this is stopped or cancelled, a step or a fetch under way gets a second to end by itself.
         """
         self._training = asyncio.current_task()
+        if self._stopping:
+            return
         try:
             await self._train()
         except asyncio.CancelledError:
@@ -363,8 +375,8 @@ class Run:
     def stop(self) -> None:
         """Leave at once (Ctrl-C): the round in progress is given up, the last checkpoint stays."""
         if self._training and not self._stopping:
-            self._stopping = True
             self._training.cancel()
+        self._stopping = True
 
     async def _starting_state(self, parts: Parts) -> tuple[ReplicaState, bool]:
         """The newest checkpoint, else theta_0 as this machine draws it from the seed; False if that is not the run's.

@@ -178,10 +178,13 @@ def _dataset_blocks(name: str, spec: DataSpec, progress: OnProgress) -> Iterator
     if spec.text_field not in columns:
         raise UserError(f"data.text_field: {name} has no column {spec.text_field!r}, only {columns}")
     total = spec.documents or len(rows)
-    for i, row in enumerate(islice(rows, total)):
-        yield f"row#{i}", str(row[spec.text_field]).encode()
-        if i % 256 == 255:
-            progress(i + 1, total)
+    try:
+        for i, row in enumerate(islice(rows, total)):
+            yield f"row#{i}", str(row[spec.text_field]).encode()
+            if i % 256 == 255:
+                progress(i + 1, total)
+    except (OSError, ValueError, RuntimeError) as error:  # a stream breaks in as many ways as its libraries have
+        raise UserError(f"data.source hf:{name} broke off: {error}; try again, or choose another source") from None
 
 
 def _is_held_out(block: str, spec: DataSpec) -> bool:

@@ -10,12 +10,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from potluck.dht.directory import Directory
 from potluck.dht.records import Commit, Signed
 from potluck.net.blobs import BlobId, BlobRef, BlobStore
-from potluck.net.fetch import FetchReport, fetch
+from potluck.net.fetch import FetchReport, fetch, new_buffer
 from potluck.net.host import PeerId
 from potluck.net.rpc import Rpc
 from potluck.swarm.phases import Round
@@ -23,6 +21,8 @@ from potluck.swarm.state import ReplicaState
 
 #: Memory that recent states may take beyond the current and the previous one, which are always served.
 STATE_BYTES = 256 * 2**20
+#: A state that was asked for within this time is still being downloaded.
+WANTED_SECONDS = 30.0
 
 
 class Exchange(Protocol):
@@ -43,9 +43,10 @@ class Exchange(Protocol):
         ...
 
     async def fetch(
-        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
+        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float, may_come: bool
     ) -> memoryview:
-        """A contribution or a fragment. Raises BlobUnavailable or BlobError."""
+        """A contribution or a fragment. `may_come`: who does not have it may get it later. Raises BlobUnavailable or
+        BlobError."""
         ...
 
     async def fetch_state(
@@ -81,7 +82,7 @@ class NetworkExchange:
         self._directory, self._rpc, self._store = directory, rpc, store
         self._retain_seconds, self._keep_states = retain_seconds, keep_states
         self._on_progress = on_progress
-        self._states: deque[ReplicaState] = deque()
+        self._states: list[ReplicaState] = []
         self._kept: deque[tuple[float, BlobId]] = deque()
         store.remove_older(retain_seconds)  # of an earlier session
 
@@ -102,12 +103,17 @@ class NetworkExchange:
             return
         self._states.append(state)
         self._store.add_memory(state.chunks, state.buffers)
-        spare = max(0, STATE_BYTES // state.ref.size)
-        while len(self._states) > min(self._keep_states, 2 + spare):
-            self._store.drop_memory(self._states.popleft().digest)
+        most = min(self._keep_states, 2 + max(0, STATE_BYTES // state.ref.size))
+        old = list(self._states)[: max(0, len(self._states) - most)]
+        # Who is downloading one now may go on: of those only the newest stays, or joiners could fill our memory.
+        wanted = [one.digest for one in old if self._store.idle_seconds(one.digest) < WANTED_SECONDS][-1:]
+        for one in old:
+            if one.digest not in wanted:
+                self._states.remove(one)
+                self._store.drop_memory(one.digest)
 
     async def fetch(
-        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
+        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float, may_come: bool
     ) -> memoryview:
         blob = await fetch(
             self._rpc,
@@ -116,6 +122,7 @@ class NetworkExchange:
             timeout_seconds=timeout_seconds,
             max_bytes=max_bytes,
             store=self._store,
+            may_come=may_come,
         )
         self._keep(ref.id)
         return blob
@@ -123,8 +130,8 @@ class NetworkExchange:
     async def fetch_state(
         self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
     ) -> tuple[memoryview, dict[PeerId, int]]:
-        # An array of float64, so that a state's float32 arrays lie aligned where they were received.
-        into = np.empty(-(-ref.size // 8), dtype=np.float64).data.cast("B")[: ref.size]
+        # Page-aligned, so that a state's float32 arrays lie aligned where they were received.
+        into = new_buffer(ref.size)
         report = FetchReport()
         await fetch(
             self._rpc,
@@ -135,6 +142,7 @@ class NetworkExchange:
             into=into,
             on_progress=self._on_progress,
             report=report,
+            may_come=False,  # a state that everybody dropped does not come back: another is asked for
         )
         return into, report.bytes_by_holder
 

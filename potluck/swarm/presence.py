@@ -1,4 +1,4 @@
-"""A replica's presence in the directory: announced each round, and watched for another process with our identity."""
+"""A replica's presence in the directory, every second round; and whether another process has our identity."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from potluck.dht.records import Commit, Signed
-from potluck.errors import BlobUnavailable, CodecError, PotluckError
+from potluck.errors import PotluckError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.host import PeerId
 from potluck.swarm.aggregate import Contribution
@@ -75,17 +75,30 @@ class Puller:
         self._most, self._fragments = MAX_OF_GROUP_SIZE * group_size, fragments
 
     async def pull(
-        self, round_: Round, shard: int, pull_by: float, view: View, *, drift: bool, own: bool = False
+        self,
+        round_: Round,
+        shard: int,
+        pull_by: float,
+        view: View,
+        *,
+        drift: bool,
+        session: bytes | None = None,
+        late: bool = False,
     ) -> bool:
         """Read the shard once and fetch what is new into `view`, until `pull_by`; True if anything was new.
 
-        `drift`: fetch drift fragments too. `own`: a commit of ours may count (because we published it).
+        `drift`: fetch drift fragments too. `session`: commits of ours that bear it do not count (our own node holds
+        what nobody else saw). `late`: the round is over, and who does not have a blob will not get it.
         """
         left = pull_by - self._now()
         if left <= 0:
             return False
         signed = await self._exchange.commits(self._module, round_, shard, left)
-        known = {s.peer: s.record for s in signed if self.counts(s, round_) and (own or s.peer != self._peer)}
+        known = {
+            s.peer: s.record
+            for s in signed
+            if self.counts(s, round_) and (s.peer != self._peer or s.record.session != session)
+        }
         members = admitted(known.keys() | view.commits.keys(), round_, self._most)
         new = {peer: commit for peer, commit in known.items() if peer in members and peer not in view.commits}
         view.commits.update(new)
@@ -93,7 +106,7 @@ class Puller:
         holders = tuple(peer for peer in view.commits if peer != self._peer)
         async with asyncio.TaskGroup() as group:
             for peer, commit in new.items():
-                group.create_task(self._pull_one(peer, commit, holders, pull_by, view, drift))
+                group.create_task(self._pull_one(peer, commit, holders, pull_by, view, drift, late))
         return bool(new)
 
     def counts(self, signed: Signed[Commit], round_: Round) -> bool:
@@ -101,7 +114,14 @@ class Puller:
         return signed.record.committed_at <= self._clock.window(round_).commit_by and signed.record.tokens > 0
 
     async def _pull_one(
-        self, peer: PeerId, commit: Commit, members: tuple[PeerId, ...], pull_by: float, view: View, drift: bool
+        self,
+        peer: PeerId,
+        commit: Commit,
+        members: tuple[PeerId, ...],
+        pull_by: float,
+        view: View,
+        drift: bool,
+        late: bool,
     ) -> None:
         holders = (peer, *(m for m in members if m != peer))
         try:
@@ -110,6 +130,7 @@ class Puller:
                 holders,
                 self._codec.max_bytes(self._layout),
                 max(0.05, pull_by - self._now()),
+                may_come=not late,
             )
             view.contributions[peer] = await self._in_thread(self._codec.decode, blob, self._layout)
             view.missing.pop(peer, None)
@@ -126,9 +147,9 @@ class Puller:
         size = fragment_bytes(self._layout, commit.round, self._fragments)
         ref = BlobRef(BlobId(commit.fragment), commit.fragment_size)
         try:
-            blob = await self._exchange.fetch(ref, holders, size, max(0.05, pull_by - self._now()))
+            blob = await self._exchange.fetch(ref, holders, size, max(0.05, pull_by - self._now()), may_come=True)
             view.fragments[peer] = await self._in_thread(
                 decode_fragment, blob, self._layout, commit.round, self._fragments
             )
-        except (BlobUnavailable, CodecError):
+        except PotluckError:
             pass  # a drift fragment is an extra: without it drift contracts a round later

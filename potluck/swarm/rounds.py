@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -46,6 +46,8 @@ Emit = Callable[..., None]
 
 #: How far back a joiner looks for a round that somebody committed to.
 LOOK_BACK_ROUNDS = 3
+#: Of a round's length: what the contributions of a missed round may take to come.
+REPLAY_SHARE = 0.4
 
 
 class Trainer(Protocol):
@@ -284,8 +286,7 @@ class GossipReplica:
             return
         encoded = await self._in_thread(self._encode)
         if encoded is None or not math.isfinite(mine.result.loss_before + mine.result.loss_after):
-            if encoded is not None:
-                self._keep_unsent(encoded[1])
+            self._drop_residual("training diverged")
             self.trainer.forget()
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="diverged")
             return
@@ -372,11 +373,12 @@ class GossipReplica:
             self._keep_unsent(mine.contribution)  # the group is over-full, and the draw left us out
         return view
 
-    async def _pull_once(self, round_: Round, pull_by: float, view: View) -> bool:
+    async def _pull_once(self, round_: Round, pull_by: float, view: View, late: bool = False) -> bool:
         shard = shard_of(self.peer, round_, self.shards)
         # Our own node also holds commits of ours that nobody else does: those count for nobody.
-        own = round_ in self._published
-        return await self._puller.pull(round_, shard, pull_by, view, drift=self.shards > 1, own=own)
+        unseen = None if round_ in self._published else self._session
+        drift = self.shards > 1
+        return await self._puller.pull(round_, shard, pull_by, view, drift=drift, session=unseen, late=late)
 
     # ---- 5 to 7: aggregate, outer step, agree ---------------------------------------------------------------
 
@@ -418,7 +420,10 @@ class GossipReplica:
         if not view.fragments:
             return state.theta, 0.0
         count = self.rules.fragments
-        own = decode_fragment(encode_fragment(state.theta, self.layout, round_, count), self.layout, round_, count)
+        try:
+            own = decode_fragment(encode_fragment(state.theta, self.layout, round_, count), self.layout, round_, count)
+        except CodecError:  # a model whose parameters outgrow what fragments carry trains on, its drift unchecked
+            return state.theta, 0.0
         others = [view.fragments[p] for p in sorted(view.fragments)]
         return blend(state.theta, own, others, self.layout, round_, count)
 
@@ -487,16 +492,17 @@ class GossipReplica:
 
         False if nobody has committed lately, or nobody could give the state.
         """
-        group = await self._latest_group(self.rules.clock.round_at(self._now()))
-        if group is None:
+        deadline = self._now() + self._patience
+        async for round_, agreed in self._groups():
+            if agreed.digest == self._state.digest:
+                break
+            state = await self._fetch_state(agreed, round_, deadline)
+            if state is not None:
+                self._drop_residual(reason)
+                await self._become(state)
+                break
+        else:
             return False
-        round_, agreed = group
-        if agreed.digest != self._state.digest:
-            state = await self._fetch_state(agreed, round_, self._now() + self._patience)
-            if state is None:
-                return False
-            self._drop_residual(reason)
-            await self._become(state)
         self._out_of_sync = False
         now = self.rules.clock.round_at(self._now())
         # Where we contributed already, the group counts that: another contribution to the same round would split it.
@@ -518,10 +524,13 @@ class GossipReplica:
     async def _replay(self, current: Round) -> None:
         """Apply missed rounds (frozen, slow, or joining) from commits and blobs that others still hold."""
         for round_ in range(self._state.round, current):
+            if self._finish.is_set():
+                return
             view = View()
-            until = self._now() + max(5.0, self.rules.clock.seconds)
+            # Much less than a round, or a laggard whom somebody keeps waiting would never catch up.
+            until = self._now() + max(1.0, REPLAY_SHARE * self.rules.clock.seconds)
             with self._waits.waiting(f"contributions of round {round_}, missed", until, "it is applied without them"):
-                await self._pull_once(Round(round_), until, view)
+                await self._pull_once(Round(round_), until, view, late=True)
             await self._apply(Round(round_), view, self._now() + self._patience)
             self._emit("swarm.round.replayed", round=round_, contributions=len(view.contributions))
 
@@ -530,10 +539,16 @@ class GossipReplica:
         """Seconds that a state may take to load when no round waits for it."""
         return max(120.0, self.rules.retain * self.rules.clock.seconds)
 
-    async def _latest_group(self, current: Round) -> tuple[Round, Agreement] | None:
-        """The latest round with commits of others, and what they agree on."""
-        timeout = min(5.0, self.rules.clock.seconds)
-        for round_ in range(current, max(-1, current - LOOK_BACK_ROUNDS) - 1, -1):
+    async def _groups(self) -> AsyncIterator[tuple[Round, Agreement]]:
+        """The latest rounds with commits of others, and what they agree on.
+
+        The round in progress counts only after its deadline: before, whoever was quickest would speak for all.
+        """
+        clock, now = self.rules.clock, self._now()
+        current = clock.round_at(now)
+        newest = current if now >= clock.window(current).read_from else current - 1
+        timeout = min(5.0, clock.seconds)
+        for round_ in range(newest, max(-1, newest - LOOK_BACK_ROUNDS) - 1, -1):
             with self._waits.waiting(
                 f"commits of round {round_}", self._now() + timeout, "an earlier round is looked at"
             ):
@@ -543,8 +558,7 @@ class GossipReplica:
             if agreed:
                 self.estimate = float(np.median([c.replicas_estimate for c in others.values()]))
                 self.shards = next_shards(self.estimate, self.rules.group_size, self.shards)
-                return Round(round_), agreed
-        return None
+                yield Round(round_), agreed
 
     async def _fetch_state(self, agreed: Agreement, round_: Round, deadline: float) -> ReplicaState | None:
         """The state that `round_` began with, from several of its holders, checked against its digest.

@@ -76,7 +76,7 @@ class FakeExchange:
         self.world.blobs.setdefault(state.digest, {})[self.peer] = (blob, 0.0)
 
     async def fetch(
-        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
+        self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float, may_come: bool = True
     ) -> memoryview:
         blob, _ = await self._get(ref, holders, timeout_seconds)
         self.world.blobs[ref.id][self.peer] = (blob, 0.0)

@@ -437,3 +437,34 @@ def drift(swarm: Swarm) -> float:
 
 def asdict(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__struct_fields__}
+
+
+def test_a_commit_whose_blob_nobody_has_does_not_keep_a_laggard_behind() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(3)]
+        await swarm.until(25.0)
+        swarm.world.of(peers[2]).hides_from = set(peers)  # it commits, but nobody can read it
+        late = swarm.start(3)
+        swarm.world.of(peers[2]).hides_from.add(late)
+        await swarm.until(95.0)
+        assert len([r for r, e in swarm.applied(late).items() if e["contributed"]]) >= 3
+
+    simulate(body)
+
+
+def test_a_joiner_believes_a_round_only_after_its_deadline() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(3)]
+        await swarm.until(41.0)
+        odd = swarm.replicas[peers[0]]
+        assert odd.state
+        # The quickest committer of the round in progress holds another state than all the others.
+        odd.state = replace(odd.state, theta=odd.state.theta + np.float32(9.0))
+        key = (MODULE, 4, 0)
+        assert set(swarm.world.commits.get(key, {}))  # commits of the round in progress are there already
+        late = swarm.start(5)
+        await swarm.until(75.0)
+        loaded = [e for e in swarm.events[late] if e["event"] == "swarm.state.loaded"]
+        assert loaded and loaded[0]["round"] == 3
+
+    simulate(body)

@@ -417,7 +417,10 @@ class GoHost:
             )
         except OSError as error:
             raise DaemonError(f"cannot run the libp2p daemon of hivemind's wheel: {error}") from error
-        (self._run_dir / _PID_FILE).write_text(str(self._child.pid))
+        try:
+            (self._run_dir / _PID_FILE).write_text(str(self._child.pid))
+        except OSError as error:
+            raise UserError(f"cannot write {self._run_dir / _PID_FILE}: {error.strerror}; free some space") from None
         ready = asyncio.get_running_loop().create_future()
         self._drain = asyncio.create_task(self._read_output(self._child, ready))
         try:

@@ -2,9 +2,10 @@
 
 Two processes, each with its own p2pd, as in real life. `raw` is the fastest honest use of a p2pd stream: the server
 writes, the client reads into one buffer and throws the bytes away. `fetch` moves the same number of bytes as a
-blob: requested in chunks, every chunk hashed and compared. Both read into memory that is in use already (as a
-worker that refreshes its state does; `fetch_new_memory` shows what the page faults of a new buffer add), and are
-measured in turns, on the same connection.
+blob: requested in chunks, every chunk hashed and compared. Both read into memory that is in use already, and are
+measured in turns, on the same connection. A joiner's state comes into fresh memory, whose page faults cost as much as
+a third of the transfer, whoever makes it: `new_memory_ratio` is a fetch into new memory beside the bare stream plus
+the same amount of new memory. `fetch_to_disk` is how contributions of more than a chunk come.
 
     python benchmarks/transfer.py [--quick]
 
@@ -188,13 +189,19 @@ async def measure_loopback(home: Path, server: dict[str, Any], args: argparse.Na
             await fetch_once(blob, store=store)
             store.remove(blob.id)
 
-        raws, fetches, states, disks, new = [], [], [], [], []
+        async def raw_into_new() -> None:
+            """What a joiner's state needs whoever brings it: memory that was never touched, and the bare stream."""
+            bytearray(blob.size)
+            await raw_once()
+
+        raws, fetches, states, disks, new, raw_news = [], [], [], [], [], []
         await raw_once()
         await fetch_into(blob)
         for _ in range(args.repeats):
             raws.append(await seconds(raw_once))
             fetches.append(await seconds(lambda: fetch_into(blob)))
-        for _ in range(3):
+        for _ in range(5):
+            raw_news.append(await seconds(raw_into_new))
             states.append(await seconds(lambda: fetch_into(state)))
             new.append(await seconds(lambda: fetch_once(blob)))
             disks.append(await seconds(to_disk))
@@ -222,6 +229,8 @@ async def measure_loopback(home: Path, server: dict[str, Any], args: argparse.Na
         # Of neighbours in time: the machine's speed drifts more than the two differ.
         "fetch_ratio": round(statistics.median(r / f for r, f in zip(raws, fetches, strict=True)), 3),
         "fetch_new_memory_mb_s": speed(blob.size, new),
+        "raw_new_memory_mb_s": speed(blob.size, raw_news),
+        "new_memory_ratio": round(statistics.median(r / f for r, f in zip(raw_news, new, strict=True)), 3),
         "fetch_to_disk_mb_s": speed(blob.size, disks),
         "state_fetch_mb_s": speed(state.size, states),
         "raw_rtt_ms": round(1e3 * statistics.median(pings), 4),

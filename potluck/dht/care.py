@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from hivemind.dht.node import DHTNode
 
 from potluck.dht.invite import is_address
-from potluck.dht.node import add_peers
+from potluck.dht.node import add_peers, peers_known
 from potluck.errors import NetworkError, PotluckError
 from potluck.net.host import Host, PeerId
 
@@ -59,8 +59,9 @@ async def keep_connected(
             infos = await host.list_peers()
             peers = {PeerId(info.peer_id.to_base58()) for info in infos}
             node = dht()
-            if node and peers - known:
-                await add_peers(node, sorted(peers - known))
+            strangers = peers - known - set(peers_known(node)) if node else None
+            if node and strangers:
+                await add_peers(node, sorted(strangers))
             known = peers
             remembered = book.peers()
             if infos:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
+from hivemind.p2p import PeerID
 
 from potluck.dht.manifest import RunId
-from potluck.dht.node import network_size
-from potluck.dht.protocol import RecordProtocol
+from potluck.dht.node import find_nearest, nearest_known, network_size
+from potluck.dht.protocol import RecordProtocol, node_id_of
 from potluck.dht.records import (
     Commit,
     Record,
@@ -39,6 +41,8 @@ from potluck.net.identity import Identity
 #: Nodes that a read asks at least, if there are so many: twice those that hold a record, as neighbours
 #: differ.
 READ_WIDTH: Final = 10
+#: Keys whose nearest nodes are remembered: a round's commit is published and then read under one key.
+REMEMBERED_KEYS: Final = 16
 
 R = TypeVar("R", bound=Record)
 
@@ -59,7 +63,8 @@ class Directory:
     ) -> None:
         self._node, self._identity, self._run_id, self._clock = node, identity, run_id, clock
         self._protocol: RecordProtocol = node.protocol
-        self._searches: set[asyncio.Task[Any]] = set()
+        #: Where lookups of the last keys ended: the next one begins there.
+        self._near: OrderedDict[DHTID, list[PeerID]] = OrderedDict()
 
     async def publish(self, record: Record, expires_at: float, timeout_seconds: float) -> bool:
         """Sign a record and store it here and on the nodes nearest to its key. `expires_at` in Unix seconds.
@@ -80,7 +85,9 @@ class Directory:
         if not self._protocol.routing_table.peer_id_to_uid:
             return True
         # Half of the time at most goes into finding the nearest nodes; else those we know will do.
-        nearest = await self._nearest(key, timeout_seconds / 2)
+        # Asked for a key, a node also hands over its records: the key beside it has the same neighbours.
+        near, complete = await self._lookup(key, DHTID(int(key) ^ 1), timeout_seconds / 2)
+        nearest = (near if complete else nearest_known(self._node, key))[: self._node.num_replicas]
         calls = [
             asyncio.create_task(self._protocol.call_store(holder, [key], [value], expires_at, [peer]))
             for holder in nearest
@@ -108,22 +115,22 @@ class Directory:
         """How many peers the run has, about."""
         return network_size(self._node)
 
-    async def close(self) -> None:
-        """Ends the searches that outlived their callers' deadlines."""
-        searches = list(self._searches)
-        for search in searches:
-            search.cancel()
-        await asyncio.gather(*searches, return_exceptions=True)
-
     async def _read(self, kind: type[R], path: str, timeout_seconds: float) -> DirectoryView[R]:
         key = DHTID.from_bytes(key_id(key_name(self._run_id, path)))
-        futures = await self._node.get_many_by_id(
-            [key], sufficient_expiration_time=float("inf"), beam_size=READ_WIDTH, return_futures=True
-        )
-        done, _ = await asyncio.wait({futures[key]}, timeout=timeout_seconds)
-        futures[key].cancel()  # ends the search, if it is still on
-        # Whatever the search verified on its way is in our storage by now: found, cut short or failed.
-        return DirectoryView(self._held(kind, key), complete=bool(done))
+        _, complete = await self._lookup(key, key, timeout_seconds)
+        # Whatever an answer brought is in our storage by now: found, cut short or failed.
+        return DirectoryView(self._held(kind, key), complete)
+
+    async def _lookup(self, key: DHTID, asked_for: DHTID, timeout_seconds: float) -> tuple[list[PeerID], bool]:
+        """Peers nearest to a key, this one left out, and whether all answered in time."""
+        known = {node_id_of(peer): peer for peer in self._near.get(key, ())}
+        near, complete = await find_nearest(self._node, asked_for, READ_WIDTH, timeout_seconds, known)
+        if complete:
+            self._near[key] = near
+            self._near.move_to_end(key)
+            if len(self._near) > REMEMBERED_KEYS:
+                self._near.popitem(last=False)
+        return near, complete
 
     def _held(self, kind: type[R], key: DHTID) -> tuple[Signed[R], ...]:
         """Raises nothing for others' bad data: that is dropped, and counted by the validator."""
@@ -139,17 +146,3 @@ class Directory:
             if isinstance(signed.record, kind):
                 found.append(signed)  # type: ignore[arg-type]
         return tuple(sorted(found, key=lambda signed: signed.peer))
-
-    async def _nearest(self, key: DHTID, timeout_seconds: float) -> list[Any]:
-        """Peers nearest to a key, this one left out, at most as many as a record has replicas."""
-        count = self._node.num_replicas
-        search = asyncio.create_task(
-            self._node.find_nearest_nodes([key], k_nearest=count, beam_size=READ_WIDTH, exclude_self=True)
-        )
-        # Not cancelled when late: hivemind leaks the tasks of a cancelled search; it ends by itself.
-        self._searches.add(search)
-        search.add_done_callback(self._searches.discard)
-        done, _ = await asyncio.wait({search}, timeout=timeout_seconds)
-        if done and search.exception() is None:
-            return list(search.result()[key].values())[:count]
-        return [peer for _, peer in self._protocol.routing_table.get_nearest_neighbors(key, count)]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 
+from potluck.dht.lookup import lookup
 from potluck.dht.manifest import RunId
 from potluck.dht.protocol import RecordProtocol, node_id_of
 from potluck.dht.validator import RecordValidator
@@ -83,6 +87,7 @@ async def add_peers(node: DHTNode, peers: Sequence[PeerId]) -> int:
     node's `wait_timeout`; a retry is safe.
     """
     ids = [PeerID.from_base58(peer) for peer in dict.fromkeys(peers) if peer != node.peer_id.to_base58()]
+    few = len(node.protocol.routing_table.peer_id_to_uid) < BUCKET_SIZE
     for peer in ids:
         node.blacklist.register_success(peer)  # a new connection is a new chance
     answers = await asyncio.gather(*(node.protocol.call_ping(peer) for peer in ids))
@@ -91,13 +96,35 @@ async def add_peers(node: DHTNode, peers: Sequence[PeerId]) -> int:
         if node_id is not None:
             answered += 1
             await node.protocol.update_routing_table(node_id, peer, responded=True)
-    if answered:
-        # Meet our neighbours, who hand over the records that we are to hold. What takes longer goes on by
-        # itself.
-        await asyncio.wait(
-            {asyncio.create_task(node.find_nearest_nodes([node.node_id]))}, timeout=node.protocol.wait_timeout
-        )
+    if answered and few:
+        # Meet our neighbours, who hand over the records that we are to hold.
+        await find_nearest(node, node.node_id, BUCKET_SIZE, node.protocol.wait_timeout)
     return answered
+
+
+async def find_nearest(
+    node: DHTNode, key: DHTID, width: int, timeout_seconds: float, known: Mapping[DHTID, PeerID] = MappingProxyType({})
+) -> tuple[list[PeerID], bool]:
+    """`lookup` from this node, which is left out: it begins with `known` and the routing table."""
+
+    async def ask(peer: PeerID) -> Mapping[DHTID, PeerID] | None:
+        answer = await node._call_find_with_blacklist(peer, [key])
+        if not answer:
+            return None
+        neighbours: dict[DHTID, PeerID] = answer[key][1]
+        neighbours.pop(node.node_id, None)
+        return neighbours
+
+    table = node.protocol.routing_table.uid_to_peer_id
+    nearest = heapq.nsmallest(2 * width, table, key=int(key).__xor__)
+    return await lookup(
+        ask, key, {n: table[n] for n in nearest} | dict(known), width=width, timeout_seconds=timeout_seconds
+    )
+
+
+def nearest_known(node: DHTNode, key: DHTID) -> list[PeerID]:
+    """Whom the routing table holds to be nearest to a key, as many as a record has replicas."""
+    return [peer for _, peer in node.protocol.routing_table.get_nearest_neighbors(key, NUM_REPLICAS)]
 
 
 def peers_known(node: DHTNode) -> list[PeerId]:

@@ -4,8 +4,7 @@ The RPCs and their protobufs are hivemind's (`dht.proto`). What differs, and the
 stops:
 
 - Handlers are named by run, so that nodes of two runs behind one identity never mix.
-- A node's place is the hash of its peer id. Claims of another place are ignored: nobody chooses to sit
-  beside a key.
+- A node's place is the hash of its peer id, whatever it claims: nobody chooses to sit beside a key.
 - Requests are bounded in keys and bytes, and each sender in rate, before anything is parsed.
 - msgpack from the wire is parsed by schema: no nesting, no announced sizes.
 - One bad record in a dictionary is dropped alone; hivemind drops the dictionary, so one forgery hid all
@@ -17,8 +16,13 @@ stops:
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Collection, Sequence
+import heapq
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Coroutine, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Final
 
@@ -32,9 +36,11 @@ from hivemind.utils import MSGPackSerializer
 from msgspec import Meta
 
 from potluck.dht.records import MAX_RECORD_BYTES, Reason, RejectedRecord
-from potluck.dht.storage import MAX_KEY_BYTES, MAX_SUBKEYS, RecordStorage, new_dictionary
+from potluck.dht.storage import DICTIONARY_EXT, MAX_KEY_BYTES, MAX_SUBKEYS, RecordStorage, new_dictionary
 from potluck.dht.validator import RecordValidator, TokenBuckets
 from potluck.errors import ProtocolError
+
+log = logging.getLogger(__name__)
 
 #: Keys in one store request. A node that hands its keys to a newcomer sends batches.
 MAX_STORE_KEYS: Final = 64
@@ -47,8 +53,13 @@ MAX_REQUEST_BYTES: Final = 640 * 1024
 #: Records that one node may hand us at once, and per second after that.
 SENDER_BURST: Final = 4096
 SENDER_PER_SECOND: Final = 256.0
+#: How often a full bucket's oldest node is asked whether it is still there, when strangers come.
+PROBE_SECONDS: Final = 30.0
+#: Neighbours that are read from one answer: a node has this many in a bucket, and names as many.
+MAX_NEIGHBOURS: Final = 64
+#: Keys of which the last believed answer is remembered.
+_REMEMBERED_ANSWERS: Final = 256
 
-_DICTIONARY_EXT: Final = 0x50  # hivemind's `DictionaryDHTValue`
 # First bytes of msgpack's extension and text values: what follows is parsed as that, and nothing else.
 _EXT_BYTES: Final = frozenset({0xC7, 0xC8, 0xC9, *range(0xD4, 0xD9)})
 _TEXT_BYTES: Final = frozenset({*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB})
@@ -68,7 +79,7 @@ def node_id_of(peer: PeerID) -> DHTID:
     return _node_id_of(peer.to_bytes())
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65536)
 def _node_id_of(peer: bytes) -> DHTID:
     return DHTID.from_bytes(hashlib.sha1(b"potluck.node.1" + peer).digest())
 
@@ -91,7 +102,7 @@ class BoundedSerializer(MSGPackSerializer):  # type: ignore[misc]
 
 
 def _dictionary(packed: msgspec.msgpack.Ext) -> DictionaryDHTValue:
-    if packed.code != _DICTIONARY_EXT:
+    if packed.code != DICTIONARY_EXT:
         raise ValueError(f"unknown extension type {packed.code}")
     # The announced size limit and latest expiry are the sender's claims; what counts is the records
     # themselves.
@@ -115,6 +126,9 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
     record_validator: RecordValidator
     _namespace: str
     _senders: TokenBuckets
+    _answers: OrderedDict[DHTID, bytes]
+    _probed: dict[int, float]
+    _tasks: set[asyncio.Task[None]]
 
     @classmethod
     async def open(
@@ -144,6 +158,7 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
         )
         self._namespace = f"potluck/{validator.run_id}"
         self._senders = TokenBuckets(SENDER_BURST, SENDER_PER_SECOND, validator.clock)
+        self._answers, self._probed, self._tasks = OrderedDict(), {}, set()
         self.storage = RecordStorage(node_id, validator.clock, validator.rejected)
         # Reads are always `latest` and end up in `storage`: the second cache stays empty.
         self.cache = RecordStorage(node_id, validator.clock, validator.rejected, max_keys=0)
@@ -153,6 +168,8 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
         return self
 
     async def shutdown(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
         await self.remove_p2p_handlers(self.p2p, namespace=self._namespace)
 
     @classmethod
@@ -182,7 +199,8 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
             raise self._refuse("oversized", f"more than {MAX_REQUEST_BYTES} bytes of values")
         if not self._senders.take(context.remote_id, count):
             raise self._refuse("too_fast", "too many records from this node")
-        await self._welcome(request.peer, context)
+        if request.peer.node_id:
+            self._meet(DHTID.from_bytes(request.peer.node_id), context.remote_id)
         stored = [
             self._store_one(key, tag, value, expiration_time)
             for key, tag, value, expiration_time in zip(
@@ -192,9 +210,24 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
         return dht_pb2.StoreResponse(store_ok=stored, peer=self.node_info)
 
     async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
+        """What lies under a key here, and the nodes nearest to it that we know."""
         self._check_place(request.peer, context.remote_id)
         self._check_keys(request.keys, MAX_FIND_KEYS)
-        return await super().rpc_find(request, context)
+        sender = DHTID.from_bytes(request.peer.node_id) if request.peer.node_id else None
+        if sender is not None:
+            self._meet(sender, context.remote_id)
+        key = DHTID.from_bytes(request.keys[0])
+        packed = self.storage.packed(key)
+        if packed is None:
+            result = dht_pb2.FindResult(type=dht_pb2.NOT_FOUND)
+        else:
+            value, expires_at = packed
+            result = dht_pb2.FindResult(type=dht_pb2.FOUND_DICTIONARY, value=value, expiration_time=expires_at)
+        # Their places follow from their peer ids, and are not sent.
+        table = self.routing_table.uid_to_peer_id
+        nearest = heapq.nsmallest(self.bucket_size + 1, table, key=int(key).__xor__)
+        result.nearest_peer_ids.extend(table[node].to_bytes() for node in nearest if node != sender)
+        return dht_pb2.FindResponse(results=[result], peer=self.node_info)
 
     def _store_one(self, key: bytes, tag: bytes, value: bytes, expiration_time: float) -> bool:
         if tag != self.IS_DICTIONARY:
@@ -235,11 +268,6 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
         self.record_validator.rejected[reason] += 1
         return RejectedRecord(reason, detail)
 
-    async def _welcome(self, sender: dht_pb2.NodeInfo, context: P2PContext) -> None:
-        if sender.node_id:
-            node_id = DHTID.from_bytes(sender.node_id)
-            await self.update_routing_table(node_id, context.remote_id, responded=True)
-
     # What we ask of others.
 
     async def call_ping(self, peer: PeerID, validate: bool = False, strict: bool = True) -> DHTID | None:
@@ -273,25 +301,72 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
             stored.extend(answer)
         return stored
 
-    async def call_find(
-        self, peer: PeerID, keys: Collection[DHTID]
-    ) -> dict[DHTID, tuple[Any, dict[DHTID, PeerID]]] | None:
-        """hivemind's, believing only verified records, and neighbours in the place that is theirs."""
-        found = await super().call_find(peer, keys)
-        if found is None:
-            return None
-        believed: dict[DHTID, tuple[Any, dict[DHTID, PeerID]]] = {}
-        for key, (item, nearest) in found.items():
-            neighbours = {node: who for node, who in nearest.items() if node == node_id_of(who)}
-            neighbours = dict(
-                sorted(neighbours.items(), key=lambda pair: key.xor_distance(pair[0]))[: self.bucket_size]
-            )
-            if item is not None:
-                for subkey, record in item.value.items():
-                    self._keep(key, subkey, record.value, record.expiration_time)
-                item = type(item)(item.value, item.value.latest_expiration_time)
-            believed[key] = item, neighbours
+    async def call_find(self, peer: PeerID, keys: Collection[DHTID]) -> dict[DHTID, tuple[None, dict[DHTID, PeerID]]]:
+        """The neighbours that a node names, per key; empty if it does not answer.
+
+        Its records, verified, go into our storage and nowhere else: there a read finds them, and hivemind's search
+        does not merge them once more.
+        """
+        keys = list(keys)
+        request = dht_pb2.FindRequest(keys=[key.to_bytes() for key in keys], peer=self.node_info)
+        try:
+            name = self._get_handle_name(self._namespace, "rpc_find")
+            async with self.rpc_semaphore, asyncio.timeout(self.wait_timeout):
+                response = await self.p2p.call_protobuf_handler(peer, name, request, dht_pb2.FindResponse)
+            if len(response.results) != len(keys):
+                raise ProtocolError(f"{len(response.results)} answers to {len(keys)} keys")
+            believed = {
+                key: (None, self._believe(key, result)) for key, result in zip(keys, response.results, strict=True)
+            }
+        except Exception as error:  # whatever the stub or a stranger's bytes raise
+            log.debug("dht.find.failed peer=%s error=%r", peer, error)
+            self._background(self.update_routing_table(self.routing_table.get(peer_id=peer), peer, responded=False))
+            return {}
+        if response.peer.node_id == node_id_of(peer).to_bytes():
+            self._meet(node_id_of(peer), peer)
+        elif response.peer.node_id:
+            self.record_validator.rejected["wrong_place"] += 1
         return believed
+
+    def _believe(self, key: DHTID, result: dht_pb2.FindResult) -> dict[DHTID, PeerID]:
+        """Keep the good records of an answer; return the neighbours it names, nearest first."""
+        if result.type == dht_pb2.FOUND_DICTIONARY:
+            # The holders of a key mostly say the same.
+            digest = hashlib.blake2b(result.value, digest_size=16).digest()
+            if self._answers.get(key) != digest or key not in self.storage:
+                self._store_one(key.to_bytes(), self.IS_DICTIONARY, result.value, result.expiration_time)
+                self._answers[key] = digest
+                self._answers.move_to_end(key)
+                if len(self._answers) > _REMEMBERED_ANSWERS:
+                    self._answers.popitem(last=False)
+        named = {node_id_of(peer): peer for peer in map(PeerID, result.nearest_peer_ids[:MAX_NEIGHBOURS])}
+        return {node: named[node] for node in heapq.nsmallest(self.bucket_size, named, key=int(key).__xor__)}
+
+    def _meet(self, node_id: DHTID, peer: PeerID) -> None:
+        """A node asked or answered. As `update_routing_table`, but nothing is done where nothing would change.
+
+        hivemind pings the oldest node of a full bucket, and goes through all records for those that the newcomer
+        should hold, each time that a stranger asks; in a swarm of hundreds that was more than half of all calls.
+        Here a full bucket is probed now and then. Nodes near to us, which share our keys, never meet a full one: their
+        bucket is split.
+        """
+        table = self.routing_table
+        if node_id in table:
+            table.add_or_update_node(node_id, peer)
+            return
+        bucket = table.buckets[table.get_bucket_index(node_id)]
+        splits = bucket.has_in_range(table.node_id) or bucket.depth % table.depth_modulo != 0
+        if len(bucket.nodes_to_peer_id) >= bucket.size and not splits:
+            now = self.record_validator.clock()
+            if abs(now - self._probed.get(bucket.lower, -math.inf)) < PROBE_SECONDS:
+                return
+            self._probed[bucket.lower] = now
+        self._background(self.update_routing_table(node_id, peer))
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def update_routing_table(self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True) -> None:
         if responded and node_id != node_id_of(peer_id):

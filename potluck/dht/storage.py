@@ -8,10 +8,12 @@ safe in any order.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Final
 
+import msgspec
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.utils.timed_storage import ValueWithExpiration
@@ -23,6 +25,8 @@ MAX_KEYS: Final = 4096
 MAX_KEY_BYTES: Final = 512 * 1024
 MAX_BYTES: Final = 64 * 2**20
 SWEEP_SECONDS: Final = 10.0
+#: msgpack's extension type of hivemind's `DictionaryDHTValue`.
+DICTIONARY_EXT: Final = 0x50
 
 _Entry = tuple[bytes, float]
 
@@ -53,6 +57,8 @@ class RecordStorage:
         self._node_id, self._clock, self._rejected = node_id, clock, rejected
         self._max_keys, self._max_bytes, self._max_subkeys = max_keys, max_bytes, max_subkeys
         self._records: dict[DHTID, dict[str, _Entry]] = {}
+        #: Wire form of what lies under a key, until it changes: a read asks ten nodes, again and again.
+        self._packed: dict[DHTID, tuple[bytes, float]] = {}
         self._bytes = 0
         self._swept_at = clock()
 
@@ -82,6 +88,7 @@ class RecordStorage:
             self._rejected["no_room"] += 1
             return False
         self._records.setdefault(key, {})[subkey] = (value, expiration_time)
+        self._packed.pop(key, None)
         self._bytes += len(value) - (len(held[0]) if held else 0)
         return True
 
@@ -100,6 +107,20 @@ class RecordStorage:
             dictionary.store(subkey, value, expiration_time)
         return ValueWithExpiration(dictionary, dictionary.latest_expiration_time)
 
+    def packed(self, key: DHTID) -> tuple[bytes, float] | None:
+        """What lies under a key as hivemind's dictionary in msgpack, and its latest expiry; equal sets, equal bytes."""
+        self._drop_expired(key)
+        entries = self._records.get(key)
+        if not entries:
+            return None
+        held = self._packed.get(key)
+        if held is None:
+            latest = max(expiration for _, expiration in entries.values())
+            items = [[subkey, *entries[subkey]] for subkey in sorted(entries)]
+            data = msgspec.msgpack.encode([math.inf, latest, items])
+            held = self._packed[key] = msgspec.msgpack.encode(msgspec.msgpack.Ext(DICTIONARY_EXT, data)), latest
+        return held
+
     def items(self) -> Iterator[tuple[DHTID, ValueWithExpiration]]:
         for key in list(self._records):
             held = self.get(key)
@@ -114,6 +135,7 @@ class RecordStorage:
         return len(self._records)
 
     def __delitem__(self, key: DHTID) -> None:
+        self._packed.pop(key, None)
         for value, _ in self._records.pop(key, {}).values():
             self._bytes -= len(value)
 
@@ -122,8 +144,9 @@ class RecordStorage:
         if entries is None:
             return
         now = self._clock()
-        for subkey in [subkey for subkey, (_, expiration) in entries.items() if expiration <= now]:
+        for subkey in [subkey for subkey, entry in entries.items() if entry[1] <= now]:
             self._bytes -= len(entries.pop(subkey)[0])
+            self._packed.pop(key, None)
         if not entries:
             del self._records[key]
 

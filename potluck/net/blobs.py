@@ -183,6 +183,7 @@ class BlobStore:
         self._writing = threading.Lock()
         self._being_written = 0
         self._metas: OrderedDict[BlobId, _Meta] = OrderedDict()  # oldest first
+        self._complete_bytes = 0  # of them all
         self._partial: dict[BlobId, int] = {}  # sizes; oldest first
         self._receiving: set[BlobId] = set()
         self._memory: dict[BlobId, tuple[ChunkList, _Pieces]] = {}
@@ -215,12 +216,16 @@ class BlobStore:
                 found.append((stat.st_mtime_ns, blob_id, meta, whole))
         for _, blob_id, meta, whole in sorted(found, key=lambda each: each[0]):
             if whole:
-                self._metas[blob_id] = meta
+                self._add(blob_id, meta)
             else:
                 self._partial[blob_id] = meta.size
         for path in [*self.root.glob("*.blob"), *self.root.glob("*.part")]:
             if path.stem not in self._metas and path.stem not in self._partial:
                 path.unlink(missing_ok=True)
+
+    def _add(self, blob_id: BlobId, meta: _Meta) -> None:
+        self._metas[blob_id] = meta
+        self._complete_bytes += meta.size
 
     def _path(self, blob_id: BlobId, suffix: str) -> Path:
         return self.root / f"{blob_id}.{suffix}"
@@ -235,8 +240,7 @@ class BlobStore:
     def used_bytes(self) -> int:
         """On disk, unfinished fetches included."""
         with self._lock:
-            complete = sum(meta.size for meta in self._metas.values())
-            return complete + sum(self._partial.values()) + self._being_written
+            return self._complete_bytes + sum(self._partial.values()) + self._being_written
 
     def has(self, blob_id: BlobId) -> bool:
         with self._lock:
@@ -333,7 +337,7 @@ class BlobStore:
                     # A fetch of the same that goes on keeps its file, and finds the blob here when it ends.
                     self._partial.pop(blob_id, None)
                     self._path(blob_id, "part").unlink(missing_ok=True)
-                    self._metas[blob_id] = meta
+                    self._add(blob_id, meta)
             except BaseException:
                 with self._lock:
                     if blob_id in self._partial:
@@ -364,7 +368,8 @@ class BlobStore:
     def remove(self, blob_id: BlobId) -> None:
         """Pinned or not; nothing happens if it is not here. Maps of it stay valid."""
         with self._lock:
-            self._metas.pop(blob_id, None)
+            meta = self._metas.pop(blob_id, None)
+            self._complete_bytes -= meta.size if meta else 0
             self._partial.pop(blob_id, None)
             self._maps.pop(blob_id, None)
             self._unlink(blob_id)
@@ -402,6 +407,9 @@ class BlobStore:
         return evicted
 
     def _make_room(self, size: int, keep: BlobId) -> None:
+        already = self._partial.get(keep, 0)
+        if self.used_bytes + size - already <= self.quota_bytes:
+            return
         # Looked at first, so that nothing is thrown away for a blob that does not fit anyway.
         pinned = sum(meta.size for meta in self._metas.values() if meta.pinned)
         pinned += sum(self._partial[blob_id] for blob_id in self._receiving & self._partial.keys() - {keep})
@@ -410,7 +418,6 @@ class BlobStore:
                 f"no room for a blob of {size} bytes in {self.root}: {pinned} of {self.quota_bytes} bytes "
                 "are in use and must stay; raise --disk-quota"
             )
-        already = self._partial.get(keep, 0)
         self._evict_down_to(self.quota_bytes - size + already, keep)
 
     def _write(self, path: Path, data: Buffer, sync: bool) -> None:
@@ -422,10 +429,11 @@ class BlobStore:
                     file.flush()
                     os.fsync(file.fileno())
             temporary.rename(path)
-        except OSError as error:
-            raise _disk_error(error, path) from error
-        finally:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise _disk_error(error, path) from error
+            raise
 
     # --- memory
 
@@ -499,7 +507,7 @@ class BlobStore:
             meta = msgspec.msgpack.decode(self._path(blob_id, "meta").read_bytes(), type=_Meta)
             self._receiving.discard(blob_id)
             self._partial.pop(blob_id, None)
-            self._metas[blob_id] = meta
+            self._add(blob_id, meta)
             return self.open(blob_id)
 
 

@@ -184,6 +184,4 @@ class Node:
         )
         self._dht = node
         self._stack.push_async_callback(stop_dht, node)
-        directory = Directory(node, self.identity, run_id, clock=self.clock.now)
-        self._stack.push_async_callback(directory.close)
-        return directory
+        return Directory(node, self.identity, run_id, clock=self.clock.now)

@@ -72,9 +72,6 @@ class ModelDirectory:
     def network_size(self) -> float:
         return float(self._peer.world.living)
 
-    async def close(self) -> None:
-        pass
-
     async def _read(self, path: str, timeout_seconds: float) -> DirectoryView[Any]:
         complete = await self._spend(READ, min(MAX_SUBKEYS, len(self._shelf.get(path, ()))), timeout_seconds)
         now = self._peer.world.utc()

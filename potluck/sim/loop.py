@@ -7,53 +7,86 @@ when the simulated machine would be done (`Compute`): so the order of all events
 from __future__ import annotations
 
 import asyncio
-import selectors
+import heapq
+import itertools
+from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from contextvars import Context
+from typing import Any, Protocol, TypeVar, cast
 
 from potluck.errors import PotluckError
 
 T = TypeVar("T")
+
+#: Cancelled timers that may lie about before they are swept out.
+_MANY = 10_000
 
 
 class Deadlock(PotluckError):
     """Nothing is scheduled any more, and the simulation's end has not come: something waits without a deadline."""
 
 
-class _Clock(selectors.SelectSelector):
-    """Instead of waiting for sockets, time passes."""
+class VirtualLoop(asyncio.BaseEventLoop):
+    """`time()` starts at 0 and passes only when all is idle. Timers of one instant fire as they were made."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout is None:
-            raise Deadlock("the simulation stands still: every task waits for something that no timer will bring")
-        # Timers that lie within the clock's resolution fire together; a hair more keeps the loop from spinning.
-        self.now += max(0.0, timeout)
-        return []
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """`time()` starts at 0 and passes only when all is idle."""
-
-    def __init__(self) -> None:
-        self._virtual = _Clock()
-        super().__init__(self._virtual)
-        self.set_default_executor(Compute(self))
         self.events = 0
+        self._now = 0.0
+        #: asyncio's own heap compares handles in Python, and its loop asks the kernel for sockets each time.
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._numbers = itertools.count()
+        self._cancelled = 0
+        self._todo: deque[asyncio.Handle] = cast(Any, self)._ready
+        self.set_default_executor(Compute(self))
 
     def time(self) -> float:
-        return self._virtual.now
+        return self._now
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        cast(Any, timer)._scheduled = True  # so that its cancellation is reported
+        heapq.heappush(self._timers, (when, next(self._numbers), timer))
+        return timer
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        if not cast(Any, handle)._scheduled:
+            return  # it has fired
+        self._cancelled += 1
+        if self._cancelled > _MANY and 2 * self._cancelled > len(self._timers):
+            self._timers = [item for item in self._timers if not item[2].cancelled()]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
 
     def _write_to_self(self) -> None:
         """There is no other thread that could wait to be heard."""
 
     def _run_once(self) -> None:
         self.events += 1
-        super()._run_once()  # type: ignore[misc]
+        todo = self._todo
+        if not todo and not cast(Any, self)._stopping:
+            if not self._drop_cancelled():
+                raise Deadlock("the simulation stands still: every task waits for something that no timer will bring")
+            self._now = max(self._now, self._timers[0][0])
+        while self._drop_cancelled() and self._timers[0][0] <= self._now:
+            timer = heapq.heappop(self._timers)[2]
+            cast(Any, timer)._scheduled = False
+            todo.append(timer)
+        for _ in range(len(todo)):
+            handle = todo.popleft()
+            if not handle.cancelled():
+                handle._run()
+
+    def _drop_cancelled(self) -> bool:
+        """Whether a timer is left."""
+        timers = self._timers
+        while timers and timers[0][2].cancelled():
+            heapq.heappop(timers)
+            self._cancelled -= 1
+        return bool(timers)
 
 
 class Machine(Protocol):

@@ -199,7 +199,7 @@ class SimPeer:
         start = saved.state if saved else world.theta_0
         training = asyncio.create_task(replica.run(start))
         care = [
-            asyncio.create_task(keep_connected(host, self, lambda: self.dht, self.emit, plan.seconds / 6)),
+            asyncio.create_task(keep_connected(host, self, lambda: self.dht, self.emit, plan.seconds / 3)),
             asyncio.create_task(self._watch_clock(clock, rpc, host)),
         ]
         try:
@@ -230,7 +230,6 @@ class SimPeer:
             )
             stack.push_async_callback(stop_dht, node)
             directory = CountingDirectory(self, node, self.identity, world.run_id, clock=clock.now)
-        stack.push_async_callback(directory.close)
         return cast(Directory, directory)
 
     def _make_replica(

@@ -444,10 +444,12 @@ class GossipReplica:
     def _update_estimate(self, view: View) -> None:
         others = [c.replicas_estimate for p, c in view.commits.items() if p != self.peer]
         seen = max(1, len(view.commits))
-        # What is published is this peer's own count: a published median would outvote growth for ever.
-        self.counted = count_replicas(seen, self.shards)
         self.estimate = estimate_replicas(self.estimate, seen, self.shards, others)
-        self.shards = next_shards(self.estimate, self.rules.group_size, self.shards)
+        shards = next_shards(self.estimate, self.rules.group_size, self.shards)
+        # What is published is this peer's own count: a published median would outvote growth for ever. A count made
+        # while S changes is no count: some of those in a shard looked for another.
+        self.counted = count_replicas(seen, shards) if shards == self.shards else self._exchange.network_size()
+        self.shards = shards
 
     async def _become(self, state: ReplicaState) -> None:
         """Make a state ours: know its digest, serve it, hand it to the checkpoints."""
@@ -483,7 +485,7 @@ class GossipReplica:
     def _guess_shards(self) -> None:
         """Before the first round nobody has counted. A thousand who all began with one group would each read a
         thousand commits; how many peers the run's network has is known well enough to begin with."""
-        self.estimate = max(1.0, self._exchange.network_size())
+        self.estimate = self.counted = max(1.0, self._exchange.network_size())
         if self.estimate > MAX_OF_GROUP_SIZE * self.rules.group_size:
             self.shards = next_shards(self.estimate, self.rules.group_size, self.shards)
 

@@ -106,8 +106,7 @@ async def three_peers() -> AsyncIterator[Peers]:
         try:
             yield peers
         finally:
-            for directory, node in zip(peers.directories, peers.nodes, strict=True):
-                await directory.close()
+            for node in peers.nodes:
                 await stop_dht(node)
 
 
@@ -127,7 +126,6 @@ def test_each_reads_what_each_published_and_a_restarted_node_reads_it_again() ->
         for number in range(3):
             assert await peers.read(number) == everyone
         place = peers.nodes[1].node_id
-        await peers.directories[1].close()
         await stop_dht(peers.nodes[1])
         peers.nodes[1] = await peers.start_node(1)
         peers.directories[1] = Directory(peers.nodes[1], peers.identities[1], RUN)

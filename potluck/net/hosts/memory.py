@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from hivemind.p2p import P2PContext, PeerID
@@ -64,6 +65,10 @@ class PeerInfo(NamedTuple):
     addrs: Sequence[str]
 
 
+#: Thousands of hosts name each other all the time.
+_peer_id = lru_cache(maxsize=100_000)(PeerID.from_base58)
+
+
 class Lan:
     """All hosts of one network, by peer id."""
 
@@ -76,7 +81,7 @@ class MemoryHost:
     """Implements `Host`. `crash` ends it as kill -9 would; `shutdown` politely. Both are idempotent."""
 
     def __init__(self, lan: Lan, peer: PeerId) -> None:
-        self.peer_id = PeerID.from_base58(peer)
+        self.peer_id = _peer_id(peer)
         self.peer = peer
         self.alive = True
         #: Unary calls made, and their bytes both ways.
@@ -154,7 +159,7 @@ class MemoryHost:
         handler, kind = found
 
         async def serve() -> None:
-            context = P2PContext(handle_name=name, local_id=self.peer_id, remote_id=PeerID.from_base58(caller))
+            context = P2PContext(handle_name=name, local_id=self.peer_id, remote_id=_peer_id(caller))
             try:
                 response = await handler(kind.FromString(request), context)
             except asyncio.CancelledError:
@@ -218,7 +223,7 @@ class MemoryHost:
         return [f"{_ADDRESS}/p2p/{self.peer}"]
 
     async def list_peers(self) -> Sequence[PeerInfo]:
-        return [PeerInfo(PeerID.from_base58(peer), [_ADDRESS]) for peer in self._connected]
+        return [PeerInfo(_peer_id(peer), [_ADDRESS]) for peer in self._connected]
 
     async def connect(self, maddr: str, timeout_seconds: float) -> PeerId:
         peer = PeerId(maddr.rpartition("/p2p/")[2])

@@ -88,8 +88,7 @@ def play(count: int, scene: Callable[[World], Awaitable[None]]) -> None:
         try:
             await asyncio.wait_for(scene(world), 60)
         finally:
-            for directory, node in zip(world.directories, world.nodes, strict=True):
-                await directory.close()
+            for node in world.nodes:
                 await stop_dht(node)
 
     asyncio.run(main())

@@ -223,6 +223,9 @@ class BlobStore:
             if path.stem not in self._metas and path.stem not in self._partial:
                 path.unlink(missing_ok=True)
 
+    def _map(self, blob_id: BlobId, size: int) -> memoryview:
+        return _map(self._path(blob_id, "blob"), size)
+
     def _add(self, blob_id: BlobId, meta: _Meta) -> None:
         self._metas[blob_id] = meta
         self._complete_bytes += meta.size
@@ -280,7 +283,7 @@ class BlobStore:
                 raise BlobNotFound(f"blob {blob_id[:12]} is not here")
             view = self._maps.get(blob_id)
             if view is None:
-                view = self._maps[blob_id] = _map(self._path(blob_id, "blob"), meta.size)
+                view = self._maps[blob_id] = self._map(blob_id, meta.size)
                 if len(self._maps) > _MAX_MAPS:
                     self._maps.popitem(last=False)
             else:
@@ -335,8 +338,8 @@ class BlobStore:
                 with self._lock:
                     self._write(self._path(blob_id, "meta"), msgspec.msgpack.encode(meta), sync)
                     # A fetch of the same that goes on keeps its file, and finds the blob here when it ends.
-                    self._partial.pop(blob_id, None)
-                    self._path(blob_id, "part").unlink(missing_ok=True)
+                    if self._partial.pop(blob_id, None) is not None:
+                        self._path(blob_id, "part").unlink(missing_ok=True)
                     self._add(blob_id, meta)
             except BaseException:
                 with self._lock:

@@ -169,6 +169,8 @@ class _Lane(asyncio.BufferedProtocol):
         self._write_paused = False
         self._idle_seconds = idle_seconds
         self._last_read = self._last_write = self._loop.time()
+        #: Nothing is under way: only the idle timeout can come, and any frame wakes the watchdog.
+        self._dozing = False
         self._watchdog = self._loop.call_later(self._watch_seconds, self._watch)
         # Pausing around the switch makes uvloop select its callbacks for the new kind of protocol.
         self._transport.pause_reading()
@@ -201,6 +203,8 @@ class _Lane(asyncio.BufferedProtocol):
         if self.closed is not None:
             return
         self._last_read = self._loop.time()
+        if self._dozing:
+            self._wake()
         try:
             self._reader.buffer_updated(nbytes)
         except ProtocolError as error:
@@ -226,6 +230,8 @@ class _Lane(asyncio.BufferedProtocol):
         view = memoryview(body).cast("B")
         item = _Outgoing(encode(kind, call_id, head, len(view)), view, sent)
         self._outbox.append(item)
+        if self._dozing:
+            self._wake()
         self._pump()
         return item
 
@@ -290,10 +296,19 @@ class _Lane(asyncio.BufferedProtocol):
             and min(read_silence, write_silence if self._write_paused else read_silence) >= limits.frame_timeout_seconds
         ):
             self.close(ProtocolError(f"sent half a frame and then nothing for {read_silence:.0f} s"))
-        elif not self.busy and not self._outbox and min(read_silence, write_silence) >= self._idle_seconds:
+        elif self.busy or self._outbox or self._reader.in_frame:
+            self._watchdog = self._loop.call_later(self._watch_seconds, self._watch)
+        elif (left := self._idle_seconds - min(read_silence, write_silence)) <= 0:
             self.close(ConnectionAbortedError("idle"))
         else:
-            self._watchdog = self._loop.call_later(self._watch_seconds, self._watch)
+            self._dozing = True
+            # A rounded remainder would come round again and again in the same instant.
+            self._watchdog = self._loop.call_later(max(left, 0.001), self._watch)
+
+    def _wake(self) -> None:
+        self._dozing = False
+        self._watchdog.cancel()
+        self._watchdog = self._loop.call_later(self._watch_seconds, self._watch)
 
     def close(self, reason: BaseException) -> None:
         """Idempotent. Every call on this lane ends now."""

@@ -44,8 +44,8 @@ class Cost:
 
 
 #: Fitted by `benchmarks/simulation.py --calibrate`.
-READ = Cost((10.0, 0.0), (3484.736, 352.698), (6.907, -0.062), 0.127)
-PUBLISH = Cost((15.0, 0.0), (2665.385, 0.0), (9.285, 0.068), 0.133)
+READ = Cost((10.0, 0.0), (1596.887, 280.655), (5.506, -0.018), 0.143)
+PUBLISH = Cost((15.0, 0.0), (1107.843, 0.0), (7.217, 0.272), 0.209)
 
 Shelf = dict[str, dict[str, Signed[Any]]]
 

@@ -35,29 +35,36 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.events = 0
         self._now = 0.0
         #: asyncio's own heap compares handles in Python, and its loop asks the kernel for sockets each time.
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers: list[tuple[float, int, Any]] = []
         self._numbers = itertools.count()
         self._cancelled = 0
-        self._todo: deque[asyncio.Handle] = cast(Any, self)._ready
+        self._todo: deque[Any] = cast(Any, self)._ready
         self.set_default_executor(Compute(self))
 
     def time(self) -> float:
         return self._now
 
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._todo.append(handle)
+        return handle
+
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
-        cast(Any, timer)._scheduled = True  # so that its cancellation is reported
+        timer: Any = asyncio.TimerHandle(when, callback, args, self, context)
+        timer._scheduled = True  # so that its cancellation is reported
         heapq.heappush(self._timers, (when, next(self._numbers), timer))
-        return timer
+        return cast(asyncio.TimerHandle, timer)
 
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        if not cast(Any, handle)._scheduled:
+    def _timer_handle_cancelled(self, handle: Any) -> None:
+        if not handle._scheduled:
             return  # it has fired
         self._cancelled += 1
         if self._cancelled > _MANY and 2 * self._cancelled > len(self._timers):
-            self._timers = [item for item in self._timers if not item[2].cancelled()]
+            self._timers[:] = [item for item in self._timers if not item[2].cancelled()]
             heapq.heapify(self._timers)
             self._cancelled = 0
 
@@ -66,27 +73,26 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         self.events += 1
-        todo = self._todo
+        todo, timers = self._todo, self._timers
         if not todo and not cast(Any, self)._stopping:
-            if not self._drop_cancelled():
+            while timers and timers[0][2]._cancelled:
+                heapq.heappop(timers)
+                self._cancelled -= 1
+            if not timers:
                 raise Deadlock("the simulation stands still: every task waits for something that no timer will bring")
-            self._now = max(self._now, self._timers[0][0])
-        while self._drop_cancelled() and self._timers[0][0] <= self._now:
-            timer = heapq.heappop(self._timers)[2]
-            cast(Any, timer)._scheduled = False
-            todo.append(timer)
+            self._now = max(self._now, timers[0][0])
+        now = self._now
+        while timers and timers[0][0] <= now:
+            timer = heapq.heappop(timers)[2]
+            if timer._cancelled:
+                self._cancelled -= 1
+            else:
+                timer._scheduled = False
+                todo.append(timer)
         for _ in range(len(todo)):
             handle = todo.popleft()
-            if not handle.cancelled():
+            if not handle._cancelled:
                 handle._run()
-
-    def _drop_cancelled(self) -> bool:
-        """Whether a timer is left."""
-        timers = self._timers
-        while timers and timers[0][2].cancelled():
-            heapq.heappop(timers)
-            self._cancelled -= 1
-        return bool(timers)
 
 
 class Machine(Protocol):

@@ -24,6 +24,7 @@ from potluck.net.host import PeerId
 from potluck.net.hosts.memory import MemoryHost
 from potluck.net.identity import Identity
 from potluck.net.rpc import Rpc, RpcLimits
+from potluck.sim.blobs import MemoryBlobStore
 from potluck.sim.dht_model import ModelDirectory
 from potluck.sim.invariants import WatchedWaits
 from potluck.sim.loop import Compute
@@ -174,7 +175,8 @@ class SimPeer:
         rpc = self.rpc = Rpc(host, LIMITS)
         await rpc.start()
         stack.push_async_callback(rpc.close)
-        store = self.store = BlobStore(world.root / str(self.number) / "blobs", QUOTA_BYTES, clock=clock.now)
+        kind = BlobStore if plan.checkpoints else MemoryBlobStore
+        store = self.store = kind(world.root / str(self.number) / "blobs", QUOTA_BYTES, clock=clock.now)
         store.quota_bytes = 0 if self.disk_full else QUOTA_BYTES
         cap = plan.upload_cap_mbit * 125_000 or None
         BlobService(rpc, store, max_upload_bytes_per_second=cap)

@@ -118,7 +118,7 @@ class Plan(BaseModel):
     )
     noise: float = Field(default=0.5, ge=0, description="of the quadratic's gradients, beside their length")
     dht: Literal["real", "model"] = Field(default="real", description="model: the DHT's calibrated cost and latency")
-    checkpoints: bool = Field(default=True, description="write real ones to disk, and check that they load")
+    checkpoints: bool = Field(default=True, description="real disks: checkpoints and blobs are files, and they load")
     join_over_rounds: float = Field(default=0.5, ge=0, description="the first peers arrive over this time")
     upload_cap_mbit: float = Field(default=0, ge=0, description="--upload-limit of every peer; 0: none")
     lines: Lines = Field(default_factory=Lines)

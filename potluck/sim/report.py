@@ -43,6 +43,7 @@ class Report:
     trace: str = ""
     events: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_memory_mb: float = 0.0
     #: DHT operations of the last round: (kind, records, calls, bytes, seconds).
     operations: list[tuple[str, int, int, int, float]] = field(default_factory=list)
@@ -76,6 +77,7 @@ def figures(report: Report) -> dict[str, Any]:
         "dht": report.plan["dht"],
         "trace": report.trace,
         "seconds": report.seconds,
+        "cpu_seconds": report.cpu_seconds,
     }
 
 

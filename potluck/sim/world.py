@@ -135,7 +135,7 @@ class World:
 
     async def run(self) -> Report:
         plan = self.plan
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         for number in range(plan.peers):
             at = 0.0 if number == 0 else self.dice.uniform(0.5, max(0.6, self.start_seconds))
             self.loop.call_at(at, self._arrive)
@@ -147,6 +147,7 @@ class World:
             await self._until(round_ + 1.05)
             self._measure(round_)
         await self._end()
+        self.report.cpu_seconds = time.process_time() - cpu_began
         self._conclude(time.perf_counter() - began)
         return self.report
 

@@ -609,11 +609,12 @@ class GossipReplica:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
 
     async def _sleep_until(self, when: float, what: str, then: str) -> None:
+        # In slices: the wall clock may be set while we sleep.
+        slice_ = max(1.0, self.rules.clock.seconds / 20)
         with self._waits.waiting(what, when, then):
             while not self._stop.is_set() and (left := when - self._now()) > 0:
                 try:
-                    # In slices: the wall clock may be set while we sleep.
-                    await asyncio.wait_for(self._stop.wait(), min(max(left, 0.001), 1.0))
+                    await asyncio.wait_for(self._stop.wait(), min(max(left, 0.001), slice_))
                 except TimeoutError:
                     pass
 

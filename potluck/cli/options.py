@@ -34,7 +34,10 @@ ListenOption = Annotated[
     typer.Option("--listen", help="Multiaddr to listen on, e.g. /ip4/0.0.0.0/tcp/4001 (default: any free port)."),
 ]
 AnnounceOption = Annotated[
-    list[str] | None, typer.Option("--announce", help="Public multiaddr of this peer, if it is behind a forwarder.")
+    list[str] | None,
+    typer.Option(
+        "--announce", help="Public multiaddr of this peer, e.g. of its forwarder; it then relays for peers behind NATs."
+    ),
 ]
 QuotaOption = Annotated[str, typer.Option("--disk-quota", help="Disk space for contributions, e.g. 10GB.")]
 UploadOption = Annotated[

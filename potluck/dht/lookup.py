@@ -31,6 +31,7 @@ async def lookup(
     distance = int(key).__xor__
     candidates = dict(known)
     answered: set[DHTID] = set()
+    failed: set[DHTID] = set()
     asking: dict[asyncio.Future[Mapping[DHTID, PeerID] | None], DHTID] = {}
     deadline = asyncio.get_running_loop().time() + timeout_seconds
     try:
@@ -51,10 +52,12 @@ async def lookup(
                 node = asking.pop(call)
                 neighbours = call.result() if call.exception() is None else None
                 if neighbours is None:
+                    failed.add(node)
                     del candidates[node]
                 else:
                     answered.add(node)
-                    candidates |= {other: peer for other, peer in neighbours.items() if other not in candidates}
+                    new = neighbours.keys() - candidates.keys() - failed
+                    candidates |= {other: peer for other, peer in neighbours.items() if other in new}
     finally:
         for call in asking:
             call.cancel()

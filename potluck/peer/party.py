@@ -35,6 +35,9 @@ class Member:
 
     name: str
     home: Path
+    #: Beginning of its command line (`ip netns exec ...`), and options of its network.
+    enter: Sequence[str] = ()
+    network: Sequence[str] = ("--loopback",)
     process: asyncio.subprocess.Process | None = None
     reader: asyncio.Task[None] | None = None
     started: float = 0.0
@@ -96,9 +99,16 @@ class Party:
             if member.reader:
                 await asyncio.gather(member.reader, return_exceptions=True)
 
-    async def start(self, name: str, *arguments: str, wait: bool = True) -> Member:
+    async def start(
+        self,
+        name: str,
+        *arguments: str,
+        wait: bool = True,
+        enter: Sequence[str] = (),
+        network: Sequence[str] = ("--loopback",),
+    ) -> Member:
         """A new peer: `arguments` as for the command line, `host FILE` or `join INVITE` first."""
-        member = Member(name, self.root / name)
+        member = Member(name, self.root / name, enter, network)
         self.members.append(member)
         await self.restart(member, *arguments, wait=wait)
         return member
@@ -107,8 +117,8 @@ class Party:
         """The same home again, in a new process."""
         member.state, member.started = "starting", time.monotonic()
         member.joined.clear()
-        command = [sys.executable, "-m", "potluck", *arguments, "--home", str(member.home)]
-        command += ["--name", member.name, "--threads", "1", "--device", "cpu", "--loopback", "--json"]
+        command = [*member.enter, sys.executable, "-m", "potluck", *arguments, "--home", str(member.home)]
+        command += ["--name", member.name, "--threads", "1", "--device", "cpu", *member.network, "--json"]
         member.process = await asyncio.create_subprocess_exec(
             *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, limit=1 << 22
         )

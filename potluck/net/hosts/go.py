@@ -382,6 +382,8 @@ class GoHost:
             "connManager": 1,
             "relay": int(settings.relay),
             "autoRelay": int(settings.auto_relay),
+            # Otherwise it looks for three minutes for a choice of relays before it takes the one that is there.
+            "relayDiscovery": 0,
             "natPortMap": int(settings.nat_port_map),
             "pubsub": int(settings.pubsub),
             "idleTimeout": f"{settings.idle_timeout_seconds:g}s",
@@ -389,6 +391,8 @@ class GoHost:
         }
         if settings.announce:
             flags["announceAddrs"] = ",".join(settings.announce)
+            # Who says where it can be reached need not wait for others' word: it relays at once.
+            flags["forceReachabilityPublic"] = 1
         if settings.trusted_relays:
             flags["trustedRelays"] = ",".join(settings.trusted_relays)
         binary = files("hivemind.hivemind_cli") / "p2pd"

@@ -6,6 +6,7 @@ operation has, for N peers and m records in what it reads or writes:
 
     calls   = a0 + a1 log2 N                       unary calls to other nodes
     bytes   = calls (b0 + b1 m)                    both ways
+            + what dialling those costs who are not connected
     seconds = median one-way latency x (c0 + c1 log2 N), times a log-normal factor of sigma s
 """
 
@@ -20,9 +21,16 @@ from typing import TYPE_CHECKING, Any
 from potluck.dht.directory import DirectoryView
 from potluck.dht.records import Commit, Record, Replica, Signed, commits_path, replicas_path
 from potluck.dht.storage import MAX_SUBKEYS
+from potluck.net.hosts.memory import HANDSHAKE_BYTES
 
 if TYPE_CHECKING:
     from potluck.sim.peer import SimPeer
+
+
+#: Both ways, for two round trips.
+DIAL_BYTES = 4 * HANDSHAKE_BYTES
+#: p2pd closes the oldest between 256 and 512.
+MAX_CONNECTIONS = 384
 
 
 @dataclass(frozen=True)
@@ -85,10 +93,13 @@ class ModelDirectory:
         peer = self._peer
         peer.dht_operations += 1
         calls, size, latencies = cost.draw(peer.world.living, records, self._dice)
+        dialled = 0.0
         if peer.host:
             peer.host.calls += calls
             peer.host.call_bytes += size
-        peer.world.network.charge(peer.id, size)
+            # Whom it asks is anybody: those who are not connected are dialled first.
+            dialled = calls * max(0.0, 1 - min(peer.host.connections, MAX_CONNECTIONS) / peer.world.living)
+        peer.world.network.charge(peer.id, size + round(dialled * DIAL_BYTES))
         seconds = latencies * self._latency
         await asyncio.sleep(min(seconds, timeout_seconds))
         return seconds <= timeout_seconds

@@ -22,7 +22,7 @@ _HIGH_WATER = 256 * 1024
 _LOW_WATER = 64 * 1024
 #: What libp2p adds to a unary call: stream negotiation, lengths, headers of its transports.
 _CALL_OVERHEAD = 160
-_HANDSHAKE_BYTES = 600
+HANDSHAKE_BYTES = 600
 #: Looks like any; peers are found by id.
 _ADDRESS = "/ip4/10.0.0.1/tcp/4001"
 DIAL_SECONDS = 10.0
@@ -219,6 +219,10 @@ class MemoryHost:
 
     # --- connections
 
+    @property
+    def connections(self) -> int:
+        return len(self._connected)
+
     async def get_visible_maddrs(self, latest: bool = False) -> Sequence[Any]:
         return [f"{_ADDRESS}/p2p/{self.peer}"]
 
@@ -259,7 +263,7 @@ class MemoryHost:
         for _ in range(2):
             for source, other in ((self.peer, target), (target, self.peer)):
                 arrived: asyncio.Future[None] = self._loop.create_future()
-                self._wire.send(source, other, _HANDSHAKE_BYTES, _resolver(arrived), channel)
+                self._wire.send(source, other, HANDSHAKE_BYTES, _resolver(arrived), channel)
                 try:
                     async with asyncio.timeout(DIAL_SECONDS):
                         await arrived

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -351,12 +352,21 @@ def test_out_of_memory_in_evaluation_halves_too(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_of_states_that_come_while_one_is_written_only_the_newest_is_saved(tmp_path: Path) -> None:
+    class SlowDisk(CheckpointStore):
+        go_on = threading.Event()
+
+        def save(self, *arguments: Any) -> Path:
+            assert self.go_on.wait(30)
+            return super().save(*arguments)
+
     async def go() -> None:
         layout = Layout.of([("w", (4,))])
-        writer = CheckpointWriter(CheckpointStore(tmp_path, "run", keep=9), lambda error: None)
+        disk = SlowDisk(tmp_path, "run", keep=9)
+        writer = CheckpointWriter(disk, lambda error: None)
         for number in range(5):
             writer.save(ReplicaState("stage.0", layout, Round(number), layout.zeros()), None)
             await asyncio.sleep(0)
+        disk.go_on.set()
         await writer.close()
         assert [path.name for path in sorted(tmp_path.iterdir())] == ["round-00000000", "round-00000004"]
 

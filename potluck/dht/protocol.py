@@ -331,10 +331,10 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
     def _believe(self, key: DHTID, result: dht_pb2.FindResult) -> dict[DHTID, PeerID]:
         """Keep the good records of an answer; return the neighbours it names, nearest first."""
         if result.type == dht_pb2.FOUND_DICTIONARY:
-            # The holders of a key mostly say the same.
+            # The holders of a key mostly say the same. What was refused (too many at once, say) is looked at again.
             digest = hashlib.blake2b(result.value, digest_size=16).digest()
-            if self._answers.get(key) != digest or key not in self.storage:
-                self._store_one(key.to_bytes(), self.IS_DICTIONARY, result.value, result.expiration_time)
+            known = self._answers.get(key) == digest and key in self.storage
+            if not known and self._store_one(key.to_bytes(), self.IS_DICTIONARY, result.value, result.expiration_time):
                 self._answers[key] = digest
                 self._answers.move_to_end(key)
                 if len(self._answers) > _REMEMBERED_ANSWERS:

@@ -20,7 +20,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 
 from potluck.dht.manifest import RunId
-from potluck.dht.node import find_nearest, nearest_known, network_size
+from potluck.dht.node import find_nearest, network_size
 from potluck.dht.protocol import RecordProtocol, node_id_of
 from potluck.dht.records import (
     Commit,
@@ -87,10 +87,11 @@ class Directory:
         # Half of the time at most goes into finding the nearest nodes; else those we know will do.
         # Asked for a key, a node also hands over its records: the key beside it has the same neighbours.
         near, complete = await self._lookup(key, DHTID(int(key) ^ 1), timeout_seconds / 2)
-        nearest = (near if complete else nearest_known(self._node, key))[: self._node.num_replicas]
+        if not complete:
+            near = list(self._protocol.nearest_known(key, self._node.num_replicas).values())
         calls = [
             asyncio.create_task(self._protocol.call_store(holder, [key], [value], expires_at, [peer]))
-            for holder in nearest
+            for holder in near[: self._node.num_replicas]
         ]
         if not calls:
             return False

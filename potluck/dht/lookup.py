@@ -1,7 +1,7 @@
 """Kademlia's node lookup (Maymounkov and Mazières, 2002, section 2.3): who is nearest to a key.
 
-hivemind's traversal asked 37 nodes for the ten nearest of 200; this one asks 11 to 15. Asking a node for a key also
-brings the records that it holds under it (`RecordProtocol.call_find`): a read is a lookup, and nothing else.
+Asking a node for a key also brings the records that it holds under it (`RecordProtocol.call_find`): a read is a lookup,
+and nothing else. Where the neighbourhood is known from before, exactly `width` nodes are asked.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
 import os
 import time
@@ -115,16 +114,8 @@ async def find_nearest(
         neighbours.pop(node.node_id, None)
         return neighbours
 
-    table = node.protocol.routing_table.uid_to_peer_id
-    nearest = heapq.nsmallest(2 * width, table, key=int(key).__xor__)
-    return await lookup(
-        ask, key, {n: table[n] for n in nearest} | dict(known), width=width, timeout_seconds=timeout_seconds
-    )
-
-
-def nearest_known(node: DHTNode, key: DHTID) -> list[PeerID]:
-    """Whom the routing table holds to be nearest to a key, as many as a record has replicas."""
-    return [peer for _, peer in node.protocol.routing_table.get_nearest_neighbors(key, NUM_REPLICAS)]
+    start = node.protocol.nearest_known(key, 2 * width) | dict(known)
+    return await lookup(ask, key, start, width=width, timeout_seconds=timeout_seconds)
 
 
 def peers_known(node: DHTNode) -> list[PeerId]:

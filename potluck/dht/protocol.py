@@ -224,9 +224,8 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
             value, expires_at = packed
             result = dht_pb2.FindResult(type=dht_pb2.FOUND_DICTIONARY, value=value, expiration_time=expires_at)
         # Their places follow from their peer ids, and are not sent.
-        table = self.routing_table.uid_to_peer_id
-        nearest = heapq.nsmallest(self.bucket_size + 1, table, key=int(key).__xor__)
-        result.nearest_peer_ids.extend(table[node].to_bytes() for node in nearest if node != sender)
+        nearest = self.nearest_known(key, self.bucket_size + 1)
+        result.nearest_peer_ids.extend(peer.to_bytes() for node, peer in nearest.items() if node != sender)
         return dht_pb2.FindResponse(results=[result], peer=self.node_info)
 
     def _store_one(self, key: bytes, tag: bytes, value: bytes, expiration_time: float) -> bool:
@@ -345,10 +344,9 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
     def _meet(self, node_id: DHTID, peer: PeerID) -> None:
         """A node asked or answered. As `update_routing_table`, but nothing is done where nothing would change.
 
-        hivemind pings the oldest node of a full bucket, and goes through all records for those that the newcomer
-        should hold, each time that a stranger asks; in a swarm of hundreds that was more than half of all calls.
-        Here a full bucket is probed now and then. Nodes near to us, which share our keys, never meet a full one: their
-        bucket is split.
+        For each stranger hivemind pings the oldest node of a full bucket, goes through all records for those that the
+        stranger should hold, and remembers him for good. Here a full bucket is probed now and then, and strangers to
+        it are forgotten. Nodes near to us, which share our keys, never meet a full one: their bucket is split.
         """
         table = self.routing_table
         if node_id in table:
@@ -367,6 +365,11 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def nearest_known(self, key: DHTID, count: int) -> dict[DHTID, PeerID]:
+        """Of the nodes that we know those nearest to a key, nearest first."""
+        table = self.routing_table.uid_to_peer_id
+        return {node: table[node] for node in heapq.nsmallest(count, table, key=int(key).__xor__)}
 
     async def update_routing_table(self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True) -> None:
         if responded and node_id != node_id_of(peer_id):

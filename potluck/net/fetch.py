@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import mmap
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from blake3 import blake3
@@ -52,8 +50,6 @@ class FetchReport:
 #: (bytes done, bytes in total)
 OnProgress = Callable[[int, int], None]
 
-#: From this size on a buffer is worth pages of its own.
-_HUGE_BYTES = 8 << 20
 #: A holder whose stream breaks, or whose handler fails, this often in a row is given up.
 _MAX_FAILURES = 4
 _MIN_BACKOFF_SECONDS = 0.1
@@ -114,7 +110,7 @@ async def fetch(
         job.chunks = chunks
         target = store.begin_partial(chunks) if store is not None else None
         if store is None or target is None:
-            data = into if into is not None else new_buffer(ref.size)
+            data = into if into is not None else memoryview(bytearray(ref.size))
             await job.receive(range(chunk_count(ref.size)), data)
             return data
         try:
@@ -126,18 +122,6 @@ async def fetch(
             store.pause_partial(ref.id)
     finally:
         await job.cancel(list(job.requests))
-
-
-def new_buffer(size: int) -> memoryview:
-    """Memory to receive into, page-aligned. In huge pages where the system has them: the page faults of fresh memory
-    cost more than the transfer itself."""
-    if size < _HUGE_BYTES:
-        return memoryview(bytearray(size))
-    pages = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(pages)
 
 
 def _deliver(data: memoryview, into: memoryview | None) -> memoryview:

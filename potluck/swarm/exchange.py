@@ -13,7 +13,7 @@ from typing import Protocol
 from potluck.dht.directory import Directory
 from potluck.dht.records import Commit, Signed
 from potluck.net.blobs import BlobId, BlobRef, BlobStore
-from potluck.net.fetch import FetchReport, fetch, new_buffer
+from potluck.net.fetch import FetchReport, fetch
 from potluck.net.host import PeerId
 from potluck.net.rpc import Rpc
 from potluck.swarm.phases import Round
@@ -131,7 +131,7 @@ class NetworkExchange:
         self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
     ) -> tuple[memoryview, dict[PeerId, int]]:
         # Page-aligned, so that a state's float32 arrays lie aligned where they were received.
-        into = new_buffer(ref.size)
+        into = memoryview(bytearray(ref.size))
         report = FetchReport()
         await fetch(
             self._rpc,

@@ -302,6 +302,7 @@ class _Lane(asyncio.BufferedProtocol):
             self.close(ConnectionAbortedError("idle"))
         else:
             self._dozing = True
+            self._reader.rest()
             # A rounded remainder would come round again and again in the same instant.
             self._watchdog = self._loop.call_later(max(left, 0.001), self._watch)
 

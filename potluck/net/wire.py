@@ -65,7 +65,7 @@ class FrameReader:
         self._on_head = on_head
         self._on_frame = on_frame
         self._max_head_bytes = max_head_bytes
-        self._staging = memoryview(bytearray(STAGING_BYTES))
+        self._staging: memoryview | None = None
         self._filled = 0
         # What is being read into: None between frames, else the head or the body of one.
         self._target: memoryview | None = None
@@ -87,6 +87,8 @@ class FrameReader:
     def get_buffer(self, sizehint: int = -1) -> memoryview:
         if self._target is not None:
             return self._target[self._position :]
+        if self._staging is None:
+            self._staging = memoryview(bytearray(STAGING_BYTES))
         return self._staging[self._filled :]
 
     def buffer_updated(self, count: int) -> None:
@@ -105,7 +107,14 @@ class FrameReader:
             self._skip = len(self._target) - self._position
             self._target = None
 
+    def rest(self) -> None:
+        """Nothing is expected for a while: the staging buffer goes back until the next bytes come."""
+        if not self.in_frame:
+            self._staging = None
+
     def _parse(self) -> None:
+        if self._staging is None:
+            return
         start, end = 0, self._filled
         while True:
             if self._skip:

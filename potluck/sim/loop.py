@@ -11,7 +11,7 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextvars import Context
 from typing import Any, Protocol, TypeVar, cast
 
@@ -39,7 +39,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._numbers = itertools.count()
         self._cancelled = 0
         self._todo: deque[Any] = cast(Any, self)._ready
-        self.set_default_executor(Compute(self))
 
     def time(self) -> float:
         return self._now
@@ -58,6 +57,36 @@ class VirtualLoop(asyncio.BaseEventLoop):
         timer._scheduled = True  # so that its cancellation is reported
         heapq.heappush(self._timers, (when, next(self._numbers), timer))
         return cast(asyncio.TimerHandle, timer)
+
+    def send_at(self, when: float, callback: Callable[[], object]) -> None:
+        """As `call_at`, for what is never cancelled: a message under way costs no handle."""
+        heapq.heappush(self._timers, (when, next(self._numbers), _Shot(callback)))
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Executor | None, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
+        """Work is done at once, and its result arrives when the machine would be done."""
+        future: asyncio.Future[T] = self.create_future()
+        try:
+            result = func(*args)
+        except Exception as error:
+            future.set_exception(error)
+            return future
+        if not isinstance(executor, Compute):
+            future.set_result(result)
+            return future
+
+        def done() -> None:
+            if not future.done():
+                future.set_result(result)
+
+        machine = executor.machine
+        seconds = machine.cost()
+        if seconds > 0:
+            self.call_later(seconds, machine.when_awake, done)
+        else:
+            machine.when_awake(done)
+        return future
 
     def _timer_handle_cancelled(self, handle: Any) -> None:
         if not handle._scheduled:
@@ -95,6 +124,19 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 handle._run()
 
 
+class _Shot:
+    """What the loop needs of a handle, for a callback that nobody cancels."""
+
+    __slots__ = ("_run", "_scheduled")
+    _cancelled = False
+
+    def __init__(self, callback: Callable[[], object]) -> None:
+        self._run = callback
+
+    def cancelled(self) -> bool:
+        return False
+
+
 class Machine(Protocol):
     """What a simulated peer's processor does with work that was handed to a thread."""
 
@@ -108,34 +150,11 @@ class Machine(Protocol):
 
 
 class Compute(ThreadPoolExecutor):
-    """Stands in for a thread pool: work is done at once, and its result comes when the machine would be done."""
+    """Stands in for a simulated peer's thread; the loop does its work (`VirtualLoop.run_in_executor`)."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, machine: Machine | None = None) -> None:
+    def __init__(self, machine: Machine) -> None:
         super().__init__(max_workers=1)
-        self._loop, self._machine = loop, machine
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        future: Future[T] = Future()
-        future.set_running_or_notify_cancel()
-        try:
-            result = fn(*args, **kwargs)
-        except BaseException as error:
-            future.set_exception(error)
-            return future
-        machine = self._machine
-        if machine is None:
-            future.set_result(result)
-            return future
-
-        def done() -> None:
-            machine.when_awake(lambda: future.set_result(result))
-
-        seconds = machine.cost()
-        if seconds > 0:
-            self._loop.call_later(seconds, done)
-        else:
-            done()
-        return future
+        self.machine = machine
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         pass

@@ -21,6 +21,7 @@ from typing import Literal
 
 from potluck.net.host import PeerId
 from potluck.net.hosts.memory import Arrive, Channel
+from potluck.sim.loop import VirtualLoop
 
 Nat = Literal["public", "cone", "symmetric"]
 
@@ -118,7 +119,7 @@ class _Port:
 class Network:
     """Implements `net.hosts.memory.Wire`. Peers are `add`ed before they send."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, seed: int, weather: Weather | None = None) -> None:
+    def __init__(self, loop: VirtualLoop, seed: int, weather: Weather | None = None) -> None:
         self._loop, self._seed = loop, seed
         self.weather = weather or Weather()
         self._dice = random.Random(f"network {seed}")
@@ -200,7 +201,7 @@ class Network:
             when = self._loop.time() + self._seconds(source, target, channel)
             # A stream keeps its order; timers of one instant would not.
             channel.last = when = max(when, channel.last + 1e-9)
-            self._loop.call_at(when, land)
+            self._loop.send_at(when, land)
 
         def land() -> None:
             port = self._ports.get(target)

@@ -231,6 +231,7 @@ class SimPeer:
                 clock=clock.now,
             )
             stack.push_async_callback(stop_dht, node)
+            world.watch_records(self.id, node.protocol.storage)
             directory = CountingDirectory(self, node, self.identity, world.run_id, clock=clock.now)
         return cast(Directory, directory)
 
@@ -262,7 +263,7 @@ class SimPeer:
             emit=self.emit,
             session=session,
             on_state=on_state,
-            compute=Compute(world.loop, self),
+            compute=Compute(self),
         )
         return replica
 
@@ -277,6 +278,7 @@ class SimPeer:
                 raise StateError("no space left on the simulated disk")
             self._checkpoints.save(state, residual)
             self._saved = True
+            self.check_disk()
         except StateError as error:
             self.emit("peer.checkpoint.failed", error=str(error))
 

@@ -24,9 +24,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from hivemind.dht.routing import DHTID
 
 from potluck.dht.manifest import RunId
 from potluck.dht.node import quieten_hivemind
+from potluck.dht.records import RejectedRecord
+from potluck.dht.storage import RecordStorage
+from potluck.dht.validator import RecordValidator
 from potluck.net.host import PeerId
 from potluck.net.hosts.memory import Lan
 from potluck.sim.dht_model import Shelf
@@ -75,6 +79,10 @@ class World:
         )
         self.run_id = RunId("a" * 52)
         self.watch = Watch(self.utc, strict)
+        #: No node's: it has seen none of the records, and knows no time and no rate.
+        self._validator = RecordValidator(
+            self.run_id, max_ahead_seconds=1e12, clock=lambda: 0.0, signer_burst=1e9, signer_per_second=1e9
+        )
         self.peers: list[SimPeer] = []
         self.report = Report(plan=plan.model_dump(mode="json"))
         self._on_round = on_round
@@ -320,23 +328,31 @@ class World:
             if peer.dht is not None and len(peer.dht.protocol.storage) > 4096:
                 self.watch.say(peer.id, "the DHT's storage holds more keys than allowed")
 
-    def check_records(self) -> None:
-        """Every record that a node holds verifies, in the eyes of a validator that never saw it."""
-        from potluck.dht.validator import RecordValidator
+    def watch_records(self, peer: PeerId, storage: RecordStorage) -> None:
+        """From now on every record that this storage takes must verify."""
+        store = storage.store_subkey
 
+        def watched(key: DHTID, subkey: str, value: bytes, expiration_time: float) -> bool:
+            stored = store(key, subkey, value, expiration_time)
+            if stored:
+                self._check_record(peer, key, subkey, value, expiration_time)
+            return stored
+
+        storage.store_subkey = watched  # type: ignore[method-assign]
+
+    def _check_record(self, peer: PeerId, key: DHTID, subkey: str, value: bytes, expires_at: float) -> None:
+        try:
+            self._validator.open(key.to_bytes(), msgspec.msgpack.encode(subkey), value, expires_at)
+        except RejectedRecord as error:
+            self.watch.say(peer, f"holds a record that does not verify: {error}")
+
+    def check_records(self) -> None:
+        """Every record that any node holds verifies."""
         for peer in self.peers:
-            if not peer.alive or peer.dht is None:
-                continue
-            validator = RecordValidator(
-                self.run_id, max_ahead_seconds=1e12, clock=lambda: 0.0, signer_burst=1e9, signer_per_second=1e9
-            )
-            protocol = peer.dht.protocol
-            for key, held in list(protocol.storage.items()):
-                for subkey, (value, expires_at) in held.value.items():
-                    try:
-                        validator.open(key.to_bytes(), protocol.serializer.dumps(subkey), value, expires_at)
-                    except Exception as error:
-                        self.watch.say(peer.id, f"holds a record that does not verify: {error}")
+            if peer.alive and peer.dht is not None:
+                for key, held in peer.dht.protocol.storage.items():
+                    for subkey, (value, expires_at) in held.value.items():
+                        self._check_record(peer.id, key, subkey, value, expires_at)
 
     def _survivors_missed(self) -> int:
         """The most rounds that any peer did not apply, of those that lived on and that no fault struck."""

@@ -614,7 +614,8 @@ class GossipReplica:
         with self._waits.waiting(what, when, then):
             while not self._stop.is_set() and (left := when - self._now()) > 0:
                 try:
-                    await asyncio.wait_for(self._stop.wait(), min(max(left, 0.001), slice_))
+                    async with asyncio.timeout(min(max(left, 0.001), slice_)):
+                        await self._stop.wait()
                 except TimeoutError:
                     pass
 

@@ -7,7 +7,6 @@ and nothing else. Where the neighbourhood is known from before, exactly `width` 
 from __future__ import annotations
 
 import asyncio
-import heapq
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
@@ -36,7 +35,7 @@ async def lookup(
     deadline = asyncio.get_running_loop().time() + timeout_seconds
     try:
         while True:
-            nearest = heapq.nsmallest(width, candidates, key=distance)
+            nearest = sorted(candidates, key=distance)[:width]
             under_way = set(asking.values())
             for node in nearest:
                 if len(asking) < PARALLEL and node not in answered and node not in under_way:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import heapq
 import logging
 import math
 from collections import OrderedDict
@@ -82,6 +81,13 @@ def node_id_of(peer: PeerID) -> DHTID:
 @lru_cache(maxsize=65536)
 def _node_id_of(peer: bytes) -> DHTID:
     return DHTID.from_bytes(hashlib.sha1(b"potluck.node.1" + peer).digest())
+
+
+@lru_cache(maxsize=65536)
+def _named(peer: bytes) -> tuple[DHTID, PeerID]:
+    """A node that an answer names: few names come only once."""
+    peer_id = PeerID(peer)
+    return node_id_of(peer_id), peer_id
 
 
 class BoundedSerializer(MSGPackSerializer):  # type: ignore[misc]
@@ -319,7 +325,7 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
             }
         except Exception as error:  # whatever the stub or a stranger's bytes raise
             log.debug("dht.find.failed peer=%s error=%r", peer, error)
-            self._background(self.update_routing_table(self.routing_table.get(peer_id=peer), peer, responded=False))
+            self._forget(peer)
             return {}
         if response.peer.node_id == node_id_of(peer).to_bytes():
             self._meet(node_id_of(peer), peer)
@@ -338,8 +344,8 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
                 self._answers.move_to_end(key)
                 if len(self._answers) > _REMEMBERED_ANSWERS:
                     self._answers.popitem(last=False)
-        named = {node_id_of(peer): peer for peer in map(PeerID, result.nearest_peer_ids[:MAX_NEIGHBOURS])}
-        return {node: named[node] for node in heapq.nsmallest(self.bucket_size, named, key=int(key).__xor__)}
+        named = dict(map(_named, result.nearest_peer_ids[:MAX_NEIGHBOURS]))
+        return {node: named[node] for node in sorted(named, key=int(key).__xor__)[: self.bucket_size]}
 
     def _meet(self, node_id: DHTID, peer: PeerID) -> None:
         """A node asked or answered. As `update_routing_table`, but nothing is done where nothing would change.
@@ -359,9 +365,9 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
             if abs(now - self._probed.get(bucket.lower, -math.inf)) < PROBE_SECONDS:
                 return
             self._probed[bucket.lower] = now
-        self._background(self.update_routing_table(node_id, peer))
+        self._learn(node_id, peer)
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _background(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -369,13 +375,45 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
     def nearest_known(self, key: DHTID, count: int) -> dict[DHTID, PeerID]:
         """Of the nodes that we know those nearest to a key, nearest first."""
         table = self.routing_table.uid_to_peer_id
-        return {node: table[node] for node in heapq.nsmallest(count, table, key=int(key).__xor__)}
+        return {node: table[node] for node in sorted(table, key=int(key).__xor__)[:count]}
 
     async def update_routing_table(self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True) -> None:
-        if responded and node_id != node_id_of(peer_id):
+        """hivemind's calls (ping, store) end here."""
+        if not responded:
+            self._forget(peer_id)
+        elif node_id == node_id_of(peer_id):
+            self._learn(node_id, peer_id)
+        else:
             self.record_validator.rejected["wrong_place"] += 1
-            return
-        await super().update_routing_table(node_id, peer_id, responded)
+
+    def _forget(self, peer: PeerID) -> None:
+        node_id = self.routing_table.get(peer_id=peer)
+        if node_id is not None:
+            del self.routing_table[node_id]
+
+    def _learn(self, node_id: DHTID, peer: PeerID) -> None:
+        """Into the routing table; a new node gets the records that it should hold from the nearest who holds them."""
+        if node_id not in self.routing_table:
+            handed = [(key, held) for key in self._keys_for(node_id) if (held := self.storage.get(key)) is not None]
+            if handed:
+                values, expirations = [held.value for _, held in handed], [held.expiration_time for _, held in handed]
+                self._background(self.call_store(peer, [key for key, _ in handed], values, expirations))
+        oldest = self.routing_table.add_or_update_node(node_id, peer)
+        if oldest is not None:
+            # There was no room. If the oldest of that bucket answers no more, the next who is met takes its place.
+            self._background(self.call_ping(oldest[1]))
+
+    def _keys_for(self, node_id: DHTID) -> list[DHTID]:
+        """Keys that belong to a new node (it is among the nearest) and are ours to hand over (we are the nearest)."""
+        own, new, known = int(self.node_id), int(node_id), self.routing_table.uid_to_peer_id
+        keys = []
+        for key in self.storage.held_keys():
+            distance = int(key).__xor__
+            if not known or distance(own) < min(map(distance, known)):
+                replicas = list(self.nearest_known(key, self.num_replicas))
+                if not replicas or distance(new) < distance(replicas[-1]):
+                    keys.append(key)
+        return keys
 
     def _validate_dictionary(self, key_bytes: bytes, dictionary: DictionaryDHTValue) -> bool:
         """Drops the bad records of a dictionary from it. False when nothing is left."""

@@ -121,6 +121,10 @@ class RecordStorage:
             held = self._packed[key] = msgspec.msgpack.encode(msgspec.msgpack.Ext(DICTIONARY_EXT, data)), latest
         return held
 
+    def held_keys(self) -> list[DHTID]:
+        """Some may have expired."""
+        return list(self._records)
+
     def items(self) -> Iterator[tuple[DHTID, ValueWithExpiration]]:
         for key in list(self._records):
             held = self.get(key)

@@ -50,6 +50,8 @@ from potluck.swarm.state import ReplicaState
 EPOCH = 1_700_000_000.0
 #: Peers that an invite names.
 INVITED = 3
+#: Rounds between two searches for objects in cycles.
+COLLECT_ROUNDS = 5
 #: Replicas among which drift is measured.
 DRIFT_SAMPLE = 64
 
@@ -305,6 +307,8 @@ class World:
         self.report.rounds.append(row)
         if self._on_round:
             self._on_round(row)
+        if round_ % COLLECT_ROUNDS == COLLECT_ROUNDS - 1:
+            gc.collect()
 
     def _since(self, what: str, living: list[SimPeer], count: Callable[[SimPeer], int]) -> float:
         """Median over peers of what was counted since the last round; a restarted host counts anew."""
@@ -414,15 +418,15 @@ def simulate(plan: Plan, on_round: OnRound | None = None, strict: bool = False) 
     """Run a plan to its end. Blocking; leaves nothing behind. `strict` raises Violation at the first one."""
     quieten_hivemind()
     random.seed(plan.seed)  # hivemind draws from the global generator
+    # Cycles are few, and looking for them among thousands of peers' objects took half of the time (`_measure`).
     gc.freeze()
-    thresholds = gc.get_threshold()
-    gc.set_threshold(200_000, 20, 100)  # millions of short-lived objects, nearly none of them in cycles
+    gc.disable()
     root = Path(tempfile.mkdtemp(prefix="potluck-sim-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     try:
         return run(lambda loop: _simulate(loop, plan, root, on_round, strict))
     finally:
         shutil.rmtree(root, ignore_errors=True)
-        gc.set_threshold(*thresholds)
+        gc.enable()
         gc.unfreeze()
 
 

@@ -73,11 +73,17 @@ def count_parameters(spec: ModelSpec) -> int:
 def build_module(spec: ModelSpec, module: str = "stage.0") -> nn.Module:
     """The named module in float32 on the CPU, initialized from the manifest's seed. Same bits for every caller.
 
-    Raises ManifestError if the model cannot be built. `count_parameters` says beforehand whether it fits in memory.
+    With `model.stages` = 1, `stage.0` is the whole model; else a `Stage`, of which only the slice is ever in memory.
+    Raises ManifestError if the model cannot be built, or has no such module. `count_parameters`, or `stage_parameters`,
+    says beforehand whether it fits in memory.
     """
+    if spec.stages > 1:
+        from potluck.swarm.stage import build_stage
+
+        return build_stage(spec, module)
     count_parameters(spec)
-    if spec.stages != 1 or module != "stage.0":
-        raise ManifestError(f"model.stages = {spec.stages}: this version trains runs of one stage only")
+    if module != "stage.0":
+        raise ManifestError(f"{module!r} is none of this run's modules: model.stages is 1, so there is only stage.0")
     from transformers import AutoModelForCausalLM
 
     config = transformers_config(spec)

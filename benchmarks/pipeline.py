@@ -1,0 +1,417 @@
+"""What a pipeline of stage servers costs over the same compute in one process.
+
+    python benchmarks/pipeline.py [--quick] [--hidden 512] [--layers 4] [--batch 4] [--length 256] [--microbatches 24]
+
+Real processes, each with its own p2pd: one per stage, and the trainer. The limit is the same microbatches' forward and
+backward (no optimizer, as in the swarm's measured time) in one process with as many threads as there are stage servers,
+each thread with the whole model and one core: no network, no waiting for each other. `with recomputation` is the limit
+of servers that keep no graphs. `single` is one process with one thread.
+
+The overhead per call is a forward of a 256-wide FFN through our RPC and stage server, less the same module called
+locally, beside hivemind's RemoteExpert with the same module in the same run.
+
+The last line is JSON. Goals: share_of_limit >= 0.85, overhead_ratio >= 4, gradient_error <= 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import uvloop
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+
+from potluck.dht.manifest import ModelPart, TrainingPart
+from potluck.net.host import PeerId
+from potluck.net.hosts.go import GoHost
+from potluck.net.identity import Identity
+from potluck.net.rpc import Rpc
+from potluck.swarm.activations import decode, encode
+from potluck.swarm.server import Shapes, StageServer
+from potluck.swarm.stage import build_stage, stage_names
+from potluck.swarm.stage_trainer import StageTrainer
+from potluck.swarm.trainer import PipelineTrainer
+
+console = Console(width=130)
+VOCABULARY = 256
+WIDTH = 256
+TRAINING = TrainingPart(learning_rate=1e-3, batch_size=4, precision="float32")
+
+
+def spec(options: argparse.Namespace) -> ModelPart:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": options.hidden, "num_hidden_layers": options.layers}
+    sizes |= {"intermediate_size": 4 * options.hidden, "num_attention_heads": options.hidden // 64}
+    sizes |= {"num_key_value_heads": options.hidden // 64, "max_position_embeddings": options.length}
+    return ModelPart(family="llama", config=sizes | {"tie_word_embeddings": False}, seed=1, stages=options.stages)
+
+
+def shapes(options: argparse.Namespace) -> Shapes:
+    return Shapes(options.batch, options.length, options.hidden, VOCABULARY, options.codec)
+
+
+def batches(options: argparse.Namespace) -> Iterator[Tensor]:
+    dice = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(0, VOCABULARY, (options.batch, options.length + 1), generator=dice)
+
+
+# --- the servers
+
+
+class FeedForward(nn.Module):
+    """What hivemind's RemoteExpert is measured with; it stands where a middle stage would."""
+
+    first = last = False
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.outer(functional.gelu(self.inner(x)))
+        return y
+
+
+async def serve(options: argparse.Namespace) -> None:
+    """A stage's replica until stdin ends."""
+    torch.set_num_threads(1)
+    home = Path(options.home)
+    host = await GoHost.start(Identity.load_or_create(home / "key"), home / "run")
+    rpc = Rpc(host)
+    ffn = options.serve == "ffn"
+    stage: Any = FeedForward() if ffn else build_stage(spec(options), options.serve)
+    trainer = StageTrainer(
+        stage, TRAINING, torch.device("cpu"), step_tokens=2**50, cache_bytes=0 if options.no_cache else 4 << 30
+    )
+    server = StageServer(rpc, Shapes(128, 1, WIDTH, 2) if ffn else shapes(options))
+    server.host(options.serve, trainer)
+    working = True
+    thread = threading.Thread(target=trainer.train, args=(iter(()), 10**9, 0, lambda seconds: working))
+    try:
+        await rpc.start()
+        thread.start()
+        print(json.dumps({"address": str((await host.get_visible_maddrs())[0]), "peer": rpc.peer_id}), flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        working = False
+        await asyncio.to_thread(thread.join)
+        flat = torch.cat([p.detach().flatten() for p in stage.parameters()])
+        stats = {"tokens": trainer._tokens, "busy": trainer.stats.busy_seconds, "hits": trainer.stats.hits}
+        print(json.dumps(stats | {"checksum": float(flat.double().sum())}), flush=True)
+    finally:
+        working = False
+        await rpc.close()
+        await host.shutdown()
+
+
+class Server:
+    """A process that runs `serve`."""
+
+    def __init__(self, options: argparse.Namespace, what: str, home: Path) -> None:
+        home.mkdir(parents=True)
+        settings = [f"--{k}={getattr(options, k)}" for k in ("hidden", "layers", "batch", "length", "stages", "codec")]
+        settings += ["--no-cache"] if options.no_cache else []
+        command = [sys.executable, __file__, "--serve", what, "--home", str(home), *settings]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about: dict[str, Any] = {}
+
+    def ready(self) -> None:
+        assert self.process.stdout
+        self.about = json.loads(self.process.stdout.readline())
+
+    def finish(self) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        told: dict[str, Any] = json.loads(self.process.stdout.readline())
+        self.process.stdin.close()
+        self.process.wait(30)
+        return told
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@asynccontextmanager
+async def running(options: argparse.Namespace, modules: list[str]) -> AsyncIterator[tuple[Rpc, list[Server]]]:
+    with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
+        servers = [Server(options, module, Path(folder) / f"{i}") for i, module in enumerate(modules)]
+        home = Path(folder) / "trainer"
+        home.mkdir()
+        host = await GoHost.start(Identity.load_or_create(home / "key"), home / "run")
+        rpc = Rpc(host)
+        try:
+            await rpc.start()
+            for server in servers:
+                await asyncio.to_thread(server.ready)
+                await host.connect(server.about["address"], 10.0)
+            for server in servers:  # servers dial each other for direct forwarding
+                server.about["peer"] = PeerId(server.about["peer"])
+            yield rpc, servers
+        finally:
+            await rpc.close()
+            await host.shutdown()
+            for server in servers:
+                server.kill()
+
+
+async def swarm(options: argparse.Namespace) -> float:
+    """Tokens per second of the pipeline."""
+    async with running(options, list(stage_names(options.stages))) as (rpc, servers):
+        trainer = PipelineTrainer(rpc, options.stages, shapes(options), in_flight=options.in_flight)
+        for wiring, server in zip(trainer.wirings, servers, strict=True):
+            wiring.update({server.about["peer"]: 1e12}, 0.0)
+        source = batches(options)
+        await trainer.train(source, _times(options.in_flight + 1))
+        before, began = trainer.stats.tokens, time.perf_counter()
+        await trainer.train(source, _times(options.microbatches))
+        took = time.perf_counter() - began
+        assert trainer.stats.resends == 0, trainer.stats
+        return (trainer.stats.tokens - before) / took
+
+
+def _times(count: int) -> Any:
+    left = iter(range(count))
+    return lambda: next(left, None) is not None
+
+
+# --- the limit
+
+
+def limit(options: argparse.Namespace, threads: int, recompute: bool, microbatches: int) -> float:
+    """Tokens per second of `threads` threads with one core and the whole model each."""
+    torch.set_num_threads(1)
+    models = [[build_stage(spec(options), name) for name in stage_names(options.stages)] for _ in range(threads)]
+    source = batches(options)
+    work = [next(source) for _ in range(microbatches + threads)]
+
+    def run(stages: list[Any], tokens: Tensor) -> None:
+        x, targets = tokens[:, :-1], tokens[:, 1:]
+        entered = []
+        for stage in stages[:-1]:
+            entered.append(x if stage.first else x.detach().requires_grad_())
+            with torch.no_grad() if recompute else torch.enable_grad():
+                y = stage(entered[-1])
+            x = y
+            entered[-1] = (entered[-1], y)
+        x = x.detach().requires_grad_()
+        logits = stages[-1](x)
+        functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+        grad = x.grad
+        for stage, (x, y) in zip(reversed(stages[:-1]), reversed(entered), strict=True):
+            (stage(x) if recompute else y).backward(grad)
+            grad = None if stage.first else x.grad
+
+    for stages in models:
+        run(stages, work.pop())
+
+    def worker(stages: list[Any]) -> None:
+        while True:
+            try:
+                tokens = work.pop()
+            except IndexError:
+                return
+            run(stages, tokens)
+
+    began = time.perf_counter()
+    pool = [threading.Thread(target=worker, args=(stages,)) for stages in models]
+    for thread in pool:
+        thread.start()
+    for thread in pool:
+        thread.join()
+    return microbatches * options.batch * options.length / (time.perf_counter() - began)
+
+
+def in_a_process(options: argparse.Namespace, threads: int, recompute: bool, microbatches: int) -> float:
+    settings = [f"--{k}={getattr(options, k)}" for k in ("hidden", "layers", "batch", "length", "stages")]
+    command = [sys.executable, __file__, f"--limit={threads},{int(recompute)},{microbatches}", *settings]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+# --- exactness, and the overhead of one call
+
+
+async def gradient_error() -> float:
+    """Largest relative error of any parameter's gradient: four stages, two replicas, against one process."""
+    test = Path(__file__).parents[1] / "tests" / "unit" / "swarm"
+    sys.path.insert(0, str(test))
+    import test_pipeline as reference
+
+    with tempfile.TemporaryDirectory() as folder:
+        async with reference.pipeline(Path(folder), 4, 2) as (trainer, peers):
+            source = reference.batches()
+            sent = [next(source) for _ in range(8)]
+            await asyncio.gather(*map(trainer.microbatch, sent))
+            await trainer.flush()
+            for row in peers:
+                for peer in row:
+                    await peer.finish()
+            wanted = reference.whole_gradient(4, sent)
+            return max(
+                float((got - wanted[name]).norm() / wanted[name].norm())
+                for row in peers
+                for name, got in reference.stage_gradient(row).items()
+            )
+
+
+async def rpc_overhead(options: argparse.Namespace, calls: int) -> float:
+    """Milliseconds of a remote forward of the FFN at batch 1, less a local one."""
+    torch.set_num_threads(1)
+    module, x = FeedForward(), torch.randn(1, 1, WIDTH)
+    async with running(options, ["ffn"]) as (rpc, (server,)):
+        remote = []
+        for i in range(calls + 20):
+            began = time.perf_counter()
+            shape, body = encode(x, "none")
+            head = {"module": "ffn", "id": i.to_bytes(16, "big"), "shape": shape, "train": False}
+            reply = await rpc.call(server.about["peer"], "stage.forward", head, body, timeout_seconds=10.0)
+            y = decode(reply.head["shape"], reply.body, "none")
+            remote.append(time.perf_counter() - began)
+        assert torch.allclose(y, module(x), atol=1e-5)
+    return 1000 * (statistics.median(remote[20:]) - _local(module, x))
+
+
+def _local(module: nn.Module, x: Tensor) -> float:
+    times = []
+    with torch.no_grad():
+        for _ in range(200):
+            began = time.perf_counter()
+            module(x)
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def hivemind_overhead(calls: int) -> float:
+    """The same through hivemind's server and RemoteExpert, in a process of its own."""
+    code = f"""
+import statistics, sys, time, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import hivemind
+from hivemind.dht import DHT
+from hivemind.moe.client.expert import create_remote_experts
+from hivemind.moe.server import ModuleBackend, Server
+from hivemind.moe.server.server import Server
+from hivemind.moe.expert_uid import ExpertInfo
+from hivemind.utils.tensor_descr import BatchTensorDescriptor
+from pipeline import FeedForward, WIDTH, _local
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    module = FeedForward()
+    backend = ModuleBackend(name="ffn.0", module=module, optimizer=None, scheduler=None,
+        args_schema=(BatchTensorDescriptor(WIDTH),), outputs_schema=BatchTensorDescriptor(WIDTH), max_batch_size=128)
+    dht = DHT(start=True)
+    server = Server(dht, {{"ffn.0": backend}}, num_connection_handlers=1)
+    server.start()
+    server.ready.wait()
+    client = DHT(initial_peers=dht.get_visible_maddrs(), start=True)
+    (expert,) = create_remote_experts([ExpertInfo("ffn.0", dht.peer_id)], dht=client)
+    x, times = torch.randn(1, WIDTH), []
+    with torch.no_grad():
+        for _ in range({calls} + 10):
+            began = time.perf_counter()
+            y = expert(x)
+            times.append(time.perf_counter() - began)
+    assert torch.allclose(y, module(x), atol=1e-4)
+    print("RESULT", 1000 * (statistics.median(times[10:]) - _local(module, x)), flush=True)
+    server.shutdown(); client.shutdown(); dht.shutdown()
+"""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(code)
+        script.flush()
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(
+            [sys.executable, script.name], capture_output=True, text=True, timeout=120, env=environment
+        )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    if not lines:
+        raise RuntimeError(f"hivemind's server did not answer:\n{done.stderr[-2000:]}")
+    return float(lines[0].split()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="within 50 s")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--microbatches", type=int, default=24)
+    parser.add_argument("--in-flight", type=int, default=4)
+    parser.add_argument("--codec", choices=("none", "int8"), default="none")
+    parser.add_argument("--no-cache", action="store_true")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--home", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        uvloop.run(serve(options))
+        return
+    if options.limit:
+        threads, recompute, microbatches = map(int, options.limit.split(","))
+        print(limit(options, threads, bool(recompute), microbatches))
+        return
+    if options.quick:
+        options.microbatches = 10
+    single = in_a_process(options, 1, False, max(3, options.microbatches // 4))
+    most = in_a_process(options, options.stages, False, options.microbatches)
+    again = in_a_process(options, options.stages, True, options.microbatches)
+    table = Table(
+        title=f"{options.layers} layers of {options.hidden}, microbatches of {options.batch} x {options.length}"
+    )
+    for column in ("run", "tokens / s", "of its limit"):
+        table.add_column(column, justify="right")
+    table.add_row("one process, one thread", f"{single:,.0f}", "")
+    table.add_row(f"limit: {options.stages} threads, no network", f"{most:,.0f}", "")
+    table.add_row("limit with recomputation", f"{again:,.0f}", "")
+    runs = [("none", False)] if options.quick else [("none", False), ("none", True), ("int8", False), ("int8", True)]
+    shares = {}
+    for codec, no_cache in runs:
+        options.codec, options.no_cache = codec, no_cache
+        rate = uvloop.run(swarm(options))
+        name = f"swarm, {codec}, cache {'off' if no_cache else 'on'}"
+        shares[name] = rate / (again if no_cache else most)
+        if (codec, no_cache) == ("none", False):
+            swarm_rate = rate
+        table.add_row(name, f"{rate:,.0f}", f"{shares[name]:.3f}")
+    console.print(table)
+    options.codec, options.no_cache = "none", True
+    calls = 100 if options.quick else 500
+    ours = uvloop.run(rpc_overhead(options, calls))
+    theirs = hivemind_overhead(calls)
+    line = {
+        "single_tokens_s": round(single, 1),
+        "limit_tokens_s": round(most, 1),
+        "limit_with_recomputation_tokens_s": round(again, 1),
+        "swarm_tokens_s": round(swarm_rate, 1),
+        "share_of_limit": round(swarm_rate / most, 4),
+        "shares": {name: round(share, 4) for name, share in shares.items()},
+        "rpc_overhead_ms": round(ours, 3),
+        "hivemind_overhead_ms": round(theirs, 3),
+        "overhead_ratio": round(theirs / ours, 2),
+        "gradient_error": asyncio.run(gradient_error()),
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Serving stages over RPC: what others send is checked here, computed by `StageTrainer`, and sent back.
+
+    stage.forward   input -> output                         (every stage but the last; `want = logits` in the last)
+    stage.loss      input, targets -> loss, its gradient    (the last stage: forward and backward in one call)
+    stage.backward  gradient [, input] -> gradient          (the input only if this server no longer has it)
+    stage.through   tokens, targets, route -> losses        (the whole way there and back, from server to server)
+    stage.confirm   ids -> nothing                          (every stage has counted these)
+
+In `stage.through` a server hands its output straight to the next one on the route that the trainer chose, and gets the
+gradient back as that call's answer: half the hops, and the trainer sends tokens only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor
+
+from potluck.errors import NetworkError, ProtocolError, RpcRemoteError
+from potluck.net.host import PeerId
+from potluck.net.rpc import Reply, Rpc
+from potluck.net.wire import Buffer
+from potluck.swarm.activations import (
+    ActivationCodec,
+    checked_shape,
+    decode,
+    decode_tokens,
+    encode,
+    encode_tokens,
+    encoded_bytes,
+)
+from potluck.swarm.stage_trainer import Job, StageTrainer
+
+#: Random, and known to the trainer and the servers on its route only: who can name an id may confirm it.
+ID_BYTES: Final = 16
+MAX_IDS: Final = 1024
+#: Larger bodies are converted in a thread, so that the event loop goes on.
+INLINE_BYTES: Final = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a stage of this run may be sent: at most `batch` sequences of `length` tokens, `hidden` wide."""
+
+    batch: int
+    length: int
+    hidden: int
+    vocabulary: int
+    codec: ActivationCodec = "none"
+
+
+class StageFailed(NetworkError):
+    """A server further down the route failed; `hop` is its place on the route, 0 the one that the trainer called."""
+
+    def __init__(self, hop: int, why: str) -> None:
+        super().__init__(f"hop {hop}: {why}")
+        self.hop = hop
+
+    @classmethod
+    def heard(cls, error: NetworkError, hop: int) -> StageFailed:
+        """What a call to the server at `hop` raised: that one's failure, or one further down that it tells of."""
+        if isinstance(error, RpcRemoteError) and error.kind == cls.__name__:
+            told = re.search(r"hop (\d{1,3}): (.*)", str(error), re.DOTALL)
+            if told and int(told[1]) > hop:
+                return cls(int(told[1]), told[2])
+        return cls(hop, str(error))
+
+
+class StageServer:
+    """All stages that this peer serves. `host` and `release` change them at any time."""
+
+    def __init__(self, rpc: Rpc, shapes: Shapes) -> None:
+        self._rpc, self._shapes = rpc, shapes
+        self._hosted: dict[str, StageTrainer] = {}
+        activations = encoded_bytes((shapes.batch, shapes.length, shapes.hidden), shapes.codec)
+        tokens = 4 * shapes.batch * shapes.length
+        for name, handler, most in (
+            ("forward", self._forward, max(activations, tokens)),
+            ("loss", self._loss, activations + tokens),
+            ("backward", self._backward, activations + max(activations, tokens)),
+            ("through", self._through, activations + tokens),
+            ("confirm", self._confirm, 0),
+        ):
+            rpc.register(f"stage.{name}", handler, max_request_bytes=most)
+
+    def host(self, module: str, trainer: StageTrainer) -> None:
+        self._hosted[module] = trainer
+
+    def release(self, module: str) -> None:
+        self._hosted.pop(module, None)
+
+    # ---- handlers -------------------------------------------------------------------------------------------
+
+    async def _forward(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
+        trainer, id_ = self._addressed(head)
+        train = head.get("train") is True
+        x = await self._input(trainer, head, body)
+        if trainer.stage.last and train:
+            raise ProtocolError("stage.forward trains no last stage: use stage.loss")
+        y, _ = await self._run(trainer, Job("forward", id_, x=x, train=train))
+        assert y is not None
+        if trainer.stage.last:
+            y = y[:, -1]  # logits of the next token: (B, V)
+            shape, answer = await self._encode(y, "none")
+        else:
+            shape, answer = await self._encode(y)
+        return Reply({"shape": shape, "kept": trainer.keeps(id_)}, answer)
+
+    async def _loss(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
+        trainer, id_ = self._addressed(head)
+        if not trainer.stage.last:
+            raise ProtocolError("stage.loss is the last stage's")
+        train = head.get("train") is True
+        x, targets = await self._with_targets(trainer, head, body)
+        grad, loss = await self._run(trainer, Job("loss", id_, x=x, targets=targets, train=train))
+        return await self._graded(grad, loss)
+
+    async def _backward(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
+        trainer, id_ = self._addressed(head)
+        shapes = self._shapes
+        shape = checked_shape(head, (shapes.batch, shapes.length, shapes.hidden), exact_last=True)
+        split = encoded_bytes(shape, shapes.codec)
+        grad = await self._decode(shape, body[:split])
+        x = None
+        if len(body) > split:
+            given = shape[:2] if trainer.stage.first else shape
+            x = await self._input(trainer, {"shape": given}, body[split:])
+        answer, _ = await self._run(trainer, Job("backward", id_, x=x, grad=grad))
+        return await self._graded(answer, 0.0)
+
+    async def _through(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
+        trainer, id_ = self._addressed(head)
+        route = head.get("route")
+        if not isinstance(route, list) or not all(
+            isinstance(hop, list) and len(hop) == 2 and all(isinstance(x, str) for x in hop) for hop in route
+        ):
+            raise ProtocolError("stage.through without a route")
+        if trainer.stage.last:
+            return await self._loss(peer, head | {"train": True}, body)
+        if not route or len(route) > 256:
+            raise ProtocolError("stage.through: the route ends before the last stage")
+        timeout = head.get("timeout")
+        if not isinstance(timeout, int | float) or not 0 < timeout <= 3600:
+            raise ProtocolError("stage.through without a timeout in seconds")
+        x, targets = await self._with_targets(trainer, head, body)
+        y, _ = await self._run(trainer, Job("forward", id_, x=x))
+        assert y is not None
+        (module, server), rest = route[0], route[1:]
+        hop = 1 + (here if isinstance(here := head.get("hop"), int) and 0 <= here < 256 else 0)
+        shape, activations = await self._encode(y)
+        onward = {"module": module, "id": id_, "shape": shape, "route": rest, "timeout": timeout, "hop": hop}
+        try:
+            reply = await self._rpc.call(
+                PeerId(server),
+                "stage.through",
+                onward,
+                b"".join([activations, encode_tokens(targets)]),
+                timeout_seconds=timeout,
+                max_response_bytes=encoded_bytes(shape, self._shapes.codec),
+                lane="bulk",
+            )
+        except NetworkError as error:
+            raise StageFailed.heard(error, hop) from None
+        grad = await self._decode(shape, reply.body)
+        answer, _ = await self._run(trainer, Job("backward", id_, x=x, grad=grad))
+        loss = reply.head.get("loss")
+        if not isinstance(loss, float):
+            raise StageFailed(hop, "answered without a loss")
+        return await self._graded(answer, loss)
+
+    async def _confirm(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
+        trainer = self._trainer(head)
+        ids, loss = head.get("ids"), head.get("loss")
+        if not isinstance(ids, list) or len(ids) > MAX_IDS or not all(isinstance(i, bytes) for i in ids):
+            raise ProtocolError("stage.confirm without a list of ids")
+        trainer.confirm(ids, loss if isinstance(loss, float) else None)
+        return Reply()
+
+    # ---- parsing --------------------------------------------------------------------------------------------
+
+    def _trainer(self, head: Mapping[str, Any]) -> StageTrainer:
+        module = head.get("module")
+        trainer = self._hosted.get(module) if isinstance(module, str) else None
+        if trainer is None:
+            raise ProtocolError(f"no {str(module)[:32]} here")
+        return trainer
+
+    def _addressed(self, head: Mapping[str, Any]) -> tuple[StageTrainer, bytes]:
+        id_ = head.get("id")
+        if not isinstance(id_, bytes) or len(id_) != ID_BYTES:
+            raise ProtocolError(f"a microbatch's id has {ID_BYTES} bytes")
+        return self._trainer(head), id_
+
+    async def _input(self, trainer: StageTrainer, head: Mapping[str, Any], body: memoryview) -> Tensor:
+        shapes = self._shapes
+        if trainer.stage.first:
+            shape = checked_shape(head, (shapes.batch, shapes.length), exact_last=False)
+            return decode_tokens(shape, body, shapes.vocabulary)
+        shape = checked_shape(head, (shapes.batch, shapes.length, shapes.hidden), exact_last=True)
+        return await self._decode(shape, body)
+
+    async def _with_targets(
+        self, trainer: StageTrainer, head: Mapping[str, Any], body: memoryview
+    ) -> tuple[Tensor, Tensor]:
+        """The input, and behind it the targets, of equal (B, T)."""
+        shape = head.get("shape")
+        if not isinstance(shape, list) or len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise ProtocolError("a request without a shape")
+        split = len(body) - 4 * shape[0] * shape[1]
+        if split < 0:
+            raise ProtocolError("a request without its targets")
+        targets = decode_tokens(shape[:2], body[split:], self._shapes.vocabulary)
+        return await self._input(trainer, head, body[:split]), targets
+
+    # ---- computing ------------------------------------------------------------------------------------------
+
+    async def _run(self, trainer: StageTrainer, job: Job) -> tuple[Tensor | None, float]:
+        return await asyncio.wrap_future(trainer.submit(job))
+
+    async def _graded(self, grad: Tensor | None, loss: float) -> Reply:
+        if grad is None:
+            return Reply({"loss": loss})
+        shape, body = await self._encode(grad)
+        return Reply({"loss": loss, "shape": shape}, body)
+
+    async def _encode(self, x: Tensor, codec: ActivationCodec | None = None) -> tuple[list[int], Buffer]:
+        if 4 * x.numel() <= INLINE_BYTES:
+            return encode(x, codec or self._shapes.codec)
+        return await asyncio.to_thread(encode, x, codec or self._shapes.codec)
+
+    async def _decode(self, shape: list[int], body: Buffer) -> Tensor:
+        if len(body) <= INLINE_BYTES:
+            return decode(shape, body, self._shapes.codec)
+        return await asyncio.to_thread(decode, shape, body, self._shapes.codec)

@@ -1,0 +1,545 @@
+"""What a stage's replica computes: others' microbatches, one after another, in one thread; their gradients add up to
+the inner optimizer's steps. It takes `LocalTrainer`'s place in a gossip round.
+
+**Exactly once.** A microbatch has an id. Its gradient is added when its backward runs, and kept apart only on paper:
+until the trainer confirms that every stage has counted it, its input and output gradient are remembered. What is not
+confirmed in time is computed once more and subtracted: thrown away here as everywhere. A step waits for the
+confirmations of what is in it, while gradients that come meanwhile are added up for the next.
+
+**Fast path.** Graphs of recent forwards are kept, so that a backward needs neither its input nor another forward. A
+step changes the parameters and with them invalidates the graphs; their inputs stay, for a recomputation. Correctness
+never depends on either: a backward may bring its input again.
+
+Losses are sums over tokens here, so that gradients of any microbatches add up; a step divides by its tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import math
+import statistics
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from potluck.errors import PotluckError, ProtocolError, RpcRefused
+from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.local import LocalResult, TrainingSpec, learning_rate_at, make_optimizer
+from potluck.swarm.stage import Stage
+
+#: Microbatches whose answer was asked for and not confirmed; beyond it backwards are refused.
+MAX_UNCONFIRMED: Final = 256
+#: Output gradients whose length per token is this many times the usual are refused: no honest loss gives them.
+GRADIENT_LIMIT: Final = 100.0
+RETRY_SECONDS: Final = 0.25
+
+Kind = Literal["forward", "backward", "loss"]
+
+
+class InputNeeded(PotluckError):
+    """This server does not have the input of that microbatch (any more): send it along."""
+
+
+@dataclass
+class Job:
+    """One request. `x`: input (tokens or hidden states); `grad`: of the output; `train`: whether a backward follows."""
+
+    kind: Kind
+    id: bytes
+    x: Tensor | None = None
+    grad: Tensor | None = None
+    targets: Tensor | None = None
+    train: bool = True
+    answer: Future[tuple[Tensor | None, float]] = field(default_factory=Future)
+
+    @property
+    def priority(self) -> int:
+        """Backwards first: they free memory. Then training, then those who only look."""
+        return 0 if self.kind == "backward" or (self.kind == "loss" and self.train) else 1 if self.train else 2
+
+
+class JobQueue:
+    """A bounded priority queue between the event loop and the computing thread. Closed, it refuses."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._open = limit, False
+        self._jobs: list[tuple[int, int, Job]] = []
+        self._numbers = itertools.count()
+        self.changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def put(self, job: Job) -> None:
+        """Raises RpcRefused when it is full or closed."""
+        with self.changed:
+            if not self._open or len(self._jobs) >= self._limit:
+                raise RpcRefused("this stage is busy" if self._open else "between two rounds", RETRY_SECONDS)
+            heapq.heappush(self._jobs, (job.priority, next(self._numbers), job))
+            self.changed.notify()
+
+    def take(self, timeout_seconds: float, most: int) -> list[Job]:
+        """The next job, with up to `most` in all whose tensors can be stacked; [] after the timeout."""
+        with self.changed:
+            if not self._jobs:
+                self.changed.wait(timeout_seconds)
+            taken: list[Job] = []
+            while self._jobs and len(taken) < most and (not taken or _stackable(taken[0], self._jobs[0][2])):
+                job = heapq.heappop(self._jobs)[2]
+                if job.answer.set_running_or_notify_cancel():
+                    taken.append(job)
+            return taken
+
+    def open(self) -> None:
+        with self.changed:
+            self._open = True
+
+    def close(self) -> None:
+        """Refuse what is waiting, and what comes."""
+        with self.changed:
+            self._open = False
+            jobs, self._jobs = self._jobs, []
+        for _, _, job in jobs:
+            if job.answer.set_running_or_notify_cancel():
+                job.answer.set_exception(RpcRefused("the round's training is over", RETRY_SECONDS))
+
+
+def _stackable(a: Job, b: Job) -> bool:
+    if (a.kind, a.train) != (b.kind, b.train):
+        return False
+    shapes = [tuple(None if t is None else t.shape for t in (job.x, job.grad, job.targets)) for job in (a, b)]
+    return shapes[0] == shapes[1]
+
+
+@dataclass
+class _Kept:
+    """A forward that a backward may follow. `y`: its output with the graph, until the parameters change."""
+
+    x: Tensor
+    y: Tensor | None
+    at: float
+
+
+@dataclass
+class _Counted:
+    """A microbatch whose gradient is in a sum. `x` and what its gradient came from are kept until it is confirmed."""
+
+    x: Tensor | None
+    grad: Tensor | None
+    targets: Tensor | None
+    tokens: int
+    reply: tuple[Tensor | None, float] | None
+    confirmed: bool = False
+
+
+@dataclass
+class _Sum:
+    """Gradients that are to become one step. `grads` is None while they are in the parameters' own `grad`."""
+
+    counted: dict[bytes, _Counted] = field(default_factory=dict)
+    grads: list[Tensor | None] | None = None
+    sealed_at: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return sum(one.tokens for one in self.counted.values())
+
+    @property
+    def confirmed(self) -> bool:
+        return all(one.confirmed for one in self.counted.values())
+
+
+@dataclass
+class StageStats:
+    """Counts since the start."""
+
+    forwards: int = 0
+    backwards: int = 0
+    hits: int = 0
+    recomputed: int = 0
+    voided: int = 0
+    busy_seconds: float = 0.0
+
+
+class StageTrainer:
+    """One stage's replica on this machine's device. Implements `swarm.rounds.Trainer`.
+
+    Everything but `submit`, `confirm` and what only reads runs in the computing thread. `step_tokens`: tokens of one
+    step of the inner optimizer. `cache_bytes`: of remembered forwards (0: none, every backward recomputes).
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        spec: TrainingSpec,
+        device: torch.device,
+        *,
+        step_tokens: int,
+        cache_bytes: int = 1 << 30,
+        cache_seconds: float = 120.0,
+        queue_limit: int = 64,
+        stack: int = 1,
+        settle_seconds: float = 2.0,
+    ) -> None:
+        self.layout = Layout.of_module(stage)
+        self.stage = stage.to(device).train()
+        self.device, self.spec = device, spec
+        self.optimizer = make_optimizer(spec, stage)
+        self.queue = JobQueue(queue_limit)
+        self.stats = StageStats()
+        self.step_tokens, self.settle_seconds = step_tokens, settle_seconds
+        self._cache_bytes, self._cache_seconds = cache_bytes, cache_seconds
+        self._stack = stack
+        self._parameters = list(stage.parameters())
+        self._dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in stage.modules())
+        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._graph_bytes: dict[torch.Size, int] = {}
+        self._lock = threading.Lock()
+        self._open, self._sealed = _Sum(), None  # type: tuple[_Sum, _Sum | None]
+        self._seen: set[bytes] = set()
+        self._losses: deque[float] = deque(maxlen=64)
+        self._lengths: deque[float] = deque(maxlen=64)
+        self._loss = math.log(max(2, int(stage.config.get_text_config().vocab_size)))
+        self._first_step = self._steps = self._tokens = 0
+
+    # ---- from the event loop --------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> Future[tuple[Tensor | None, float]]:
+        """(output, or gradient of the input, or None; loss summed over tokens, or 0). Raises RpcRefused when full."""
+        if job.priority == 0 and len(self._open.counted) >= MAX_UNCONFIRMED:
+            raise RpcRefused("too many microbatches wait for their confirmation", RETRY_SECONDS)
+        self.queue.put(job)
+        return job.answer
+
+    def confirm(self, ids: Sequence[bytes], loss: float | None = None) -> None:
+        """Every stage has counted these. `loss`: their mean in nats per token, as the trainer knows it."""
+        with self.queue.changed:
+            for sum_ in (self._sealed, self._open):
+                for id_ in ids:
+                    if sum_ and (one := sum_.counted.get(id_)):
+                        one.confirmed = True
+                        one.x = one.grad = one.targets = one.reply = None
+            if loss is not None and math.isfinite(loss):
+                self._losses.append(loss)
+            self.queue.changed.notify()
+
+    def keeps(self, id_: bytes) -> bool:
+        """Whether a backward of this microbatch need not bring its input."""
+        return id_ in self._kept
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the latest confirmed microbatches, nats per token."""
+        losses = list(self._losses)
+        return statistics.fmean(losses) if losses else self._loss
+
+    # ---- `swarm.rounds.Trainer` -----------------------------------------------------------------------------
+
+    def load(self, theta: Flat) -> None:
+        self._settle(0.0)
+        self.layout.scatter(theta, self.stage)
+        self._forget_graphs()
+
+    def delta(self, theta: Flat) -> Flat:
+        delta: Flat = theta - self.layout.gather(self.stage)
+        return delta
+
+    def evaluate(self, tokens: Tensor) -> float:
+        """One stage alone has no loss: the last that trainers reported."""
+        return self.loss
+
+    def forget(self) -> None:
+        self.optimizer.state.clear()
+
+    def train(
+        self,
+        batches: Iterator[Tensor],
+        max_steps: int,
+        first_step: int,
+        may_start: Callable[[float], bool] = lambda seconds: True,
+    ) -> LocalResult:
+        """Work for others until `max_steps` are done or `may_start` says no. `batches` are the trainers' own."""
+        began, before = time.monotonic(), self.loss
+        self._first_step, self._steps, self._tokens = first_step, 0, 0
+        self._seen.clear()
+        took = 0.0
+        self.queue.open()
+        try:
+            while self._steps < max_steps and may_start(took + self.settle_seconds):
+                jobs = self.queue.take(0.02, self._stack)
+                if jobs:
+                    started = time.monotonic()
+                    self._do(jobs)
+                    took = 0.5 * took + 0.5 * (time.monotonic() - started)
+                    self.stats.busy_seconds += time.monotonic() - started
+                self._maybe_step()
+        finally:
+            self.queue.close()
+        self._settle(self.settle_seconds)
+        return LocalResult(self._steps, self._tokens, before, self.loss, time.monotonic() - began)
+
+    # ---- microbatches ---------------------------------------------------------------------------------------
+
+    def _do(self, jobs: list[Job]) -> None:
+        try:
+            if len(jobs) > 1 and not self._dropout and not (jobs[0].kind == "forward" and jobs[0].train):
+                answers = self._together(jobs)
+            else:
+                answers = [self._one(job) for job in jobs]
+        except Exception as error:
+            for job in jobs:
+                job.answer.set_exception(error)
+            if not isinstance(error, PotluckError):
+                self._kept.clear()  # out of memory, most likely: what is remembered is the first to go
+            return
+        for job, answer in zip(jobs, answers, strict=True):
+            job.answer.set_result(answer)
+
+    def _one(self, job: Job) -> tuple[Tensor | None, float]:
+        match job.kind:
+            case "forward":
+                assert job.x is not None
+                return self._forward(job.id, job.x, job.train), 0.0
+            case "loss":
+                return self._loss_of(job)
+            case "backward":
+                return self._backward(job)
+
+    def _together(self, jobs: list[Job]) -> list[tuple[Tensor | None, float]]:
+        """Several requests of one shape as one batch: forwards that keep no graph; others one by one."""
+        if jobs[0].kind != "forward":
+            return [self._one(job) for job in jobs]
+        stacked = self._forward(b"", torch.cat([job.x for job in jobs if job.x is not None]), False)
+        return [(part, 0.0) for part in torch.chunk(stacked, len(jobs))]
+
+    def _forward(self, id_: bytes, x: Tensor, train: bool) -> Tensor:
+        self.stats.forwards += 1
+        x = x.to(self.device)
+        if not train or not self._cache_bytes:
+            with torch.no_grad(), self._precision(), self._dice(id_):
+                return self._apply(x)
+        self._prune()
+        size = self._graph_bytes.get(x.shape)
+        measured = [0]
+
+        def measure(tensor: Tensor) -> Tensor:
+            measured[0] += tensor.numel() * tensor.element_size()
+            return tensor
+
+        hooks: AbstractContextManager[object] = nullcontext()
+        if size is None:
+            hooks = torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor)
+        x = self._leaf(x)
+        with hooks, self._precision(), self._dice(id_):
+            y = self._apply(x)
+        if size is None:
+            weights = sum(p.numel() * p.element_size() for p in self._parameters)
+            size = self._graph_bytes[x.shape] = max(1, measured[0] - weights)
+        if size <= self._cache_bytes:
+            self._kept[id_] = _Kept(x, y, time.monotonic())
+        return y.detach()
+
+    def _backward(self, job: Job) -> tuple[Tensor | None, float]:
+        assert job.grad is not None
+        if again := self._counted_before(job):
+            return again
+        kept = self._kept.pop(job.id, None)
+        x = kept.x.detach() if kept else job.x
+        if x is None:
+            raise InputNeeded(f"the input of microbatch {job.id.hex()[:8]} is not here")
+        grad = job.grad.to(self.device)
+        if grad.shape[:2] != x.shape[:2]:
+            raise ProtocolError(f"a gradient of shape {tuple(grad.shape)} for an input of shape {tuple(x.shape)}")
+        self._check_length(grad)
+        if kept and kept.y is not None:
+            self.stats.hits += 1
+            kept.y.backward(grad)  # type: ignore[no-untyped-call]
+            reply = kept.x.grad, 0.0
+        else:
+            reply = self._differentiate(job.id, x, grad, None)
+        self.stats.backwards += 1
+        self._count(job.id, _Counted(x, grad, None, x.shape[0] * x.shape[1], reply))
+        return reply
+
+    def _loss_of(self, job: Job) -> tuple[Tensor | None, float]:
+        """The last stage: forward, loss and, in training, backward at once."""
+        assert job.x is not None and job.targets is not None
+        x, targets = job.x.to(self.device), job.targets.to(self.device)
+        if not job.train:
+            with torch.no_grad(), self._precision():
+                return None, float(self._summed_loss(x, targets))
+        if again := self._counted_before(job):
+            return again
+        self.stats.forwards += 1
+        self.stats.backwards += 1
+        reply = self._differentiate(job.id, x, None, targets)
+        self._count(job.id, _Counted(x, None, targets, targets.numel(), reply))
+        return reply
+
+    def _differentiate(
+        self, id_: bytes, x: Tensor, grad: Tensor | None, targets: Tensor | None
+    ) -> tuple[Tensor | None, float]:
+        """Forward and backward: adds to the parameters' `grad`. (gradient of the input, loss)."""
+        x = self._leaf(x)
+        with self._precision(), self._dice(id_):
+            if targets is not None:
+                loss = self._summed_loss(x, targets)
+                if not torch.isfinite(loss):
+                    raise ProtocolError("the loss is not finite")
+                loss.backward()  # type: ignore[no-untyped-call]
+                return x.grad, float(loss.detach())
+            self.stats.recomputed += 1
+            self._apply(x).backward(grad)  # type: ignore[no-untyped-call]
+        return x.grad, 0.0
+
+    def _apply(self, x: Tensor) -> Tensor:
+        y: Tensor = self.stage(x)
+        return y
+
+    def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(self._apply(x).flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+    def _leaf(self, x: Tensor) -> Tensor:
+        return x.detach().requires_grad_(x.is_floating_point())
+
+    def _precision(self) -> AbstractContextManager[object]:
+        use_bf16 = self.spec.precision == "bf16-auto" and self.device.type == "cuda"
+        return torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext()
+
+    def _dice(self, id_: bytes) -> AbstractContextManager[object]:
+        """Dropout falls for a recomputation as it fell the first time."""
+        return _Seeded(id_) if self._dropout else nullcontext()
+
+    def _check_length(self, grad: Tensor) -> None:
+        length = float(grad.norm()) / math.sqrt(grad.shape[0] * grad.shape[1])
+        if len(self._lengths) >= 16 and length > GRADIENT_LIMIT * statistics.median(self._lengths):
+            raise ProtocolError(f"a gradient {length / statistics.median(self._lengths):.0f} times as long as usual")
+        self._lengths.append(length)
+
+    # ---- what is remembered of forwards ---------------------------------------------------------------------
+
+    def _prune(self) -> None:
+        room, now = self._cache_bytes, time.monotonic()
+        for id_, kept in reversed(list(self._kept.items())):
+            room -= self._graph_bytes.get(kept.x.shape, 0)
+            if room < 0 or now - kept.at > self._cache_seconds:
+                del self._kept[id_]
+
+    def _forget_graphs(self) -> None:
+        for kept in self._kept.values():
+            kept.y = None
+
+    # ---- counting, exactly once -----------------------------------------------------------------------------
+
+    def _counted_before(self, job: Job) -> tuple[Tensor | None, float] | None:
+        """What was answered then, if the trainer asks again. Raises ProtocolError when that is no more."""
+        if job.id not in self._seen:
+            return None
+        for sum_ in (self._open, self._sealed):
+            if sum_ and (one := sum_.counted.get(job.id)) and one.reply:
+                return one.reply
+        raise ProtocolError(f"microbatch {job.id.hex()[:8]} was counted, or thrown away")
+
+    def _count(self, id_: bytes, one: _Counted) -> None:
+        with self.queue.changed:
+            self._seen.add(id_)
+            self._open.counted[id_] = one
+
+    def _maybe_step(self) -> None:
+        if self._sealed is None and self._open.tokens >= self.step_tokens:
+            self._seal()
+        if self._sealed is not None:
+            if not self._sealed.confirmed and time.monotonic() - self._sealed.sealed_at < self.settle_seconds:
+                return
+            self._void(self._sealed)
+            self._step()
+
+    def _seal(self) -> None:
+        with self.queue.changed:
+            self._sealed, self._open = self._open, _Sum()
+        self._sealed.sealed_at = time.monotonic()
+        self._sealed.grads = self._swap([None] * len(self._parameters))
+
+    def _swap(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Put these into the parameters' `grad`; what was there."""
+        old = [p.grad for p in self._parameters]
+        for p, grad in zip(self._parameters, grads, strict=True):
+            p.grad = grad
+        return old
+
+    def _void(self, sum_: _Sum) -> None:
+        """Take out of a sealed sum what was not confirmed."""
+        assert sum_.grads is not None
+        with self.queue.changed:
+            lost = {id_: one for id_, one in sum_.counted.items() if not one.confirmed}
+            for id_ in lost:
+                del sum_.counted[id_]
+        for id_, one in lost.items():
+            assert one.x is not None
+            self.stats.voided += 1
+            aside = self._swap([None] * len(self._parameters))
+            self._differentiate(id_, one.x, one.grad, one.targets)
+            for total, back in zip(sum_.grads, self._swap(aside), strict=True):
+                if total is not None and back is not None:
+                    total -= back
+
+    def _step(self) -> None:
+        """One step of the inner optimizer. A smaller batch, at a round's end, takes a step as much smaller."""
+        sealed, self._sealed = self._sealed, None
+        assert sealed is not None and sealed.grads is not None
+        tokens = sealed.tokens
+        if not tokens:
+            return
+        aside = self._swap([None if g is None else g.div_(tokens) for g in sealed.grads])
+        if self.spec.gradient_clip > 0:
+            nn.utils.clip_grad_norm_(self._parameters, self.spec.gradient_clip)
+        rate = learning_rate_at(self.spec, self._first_step + self._steps) * min(1.0, tokens / self.step_tokens)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self._swap(aside)
+        self._forget_graphs()
+        self._steps += 1
+        self._tokens += tokens
+
+    def _settle(self, seconds: float) -> None:
+        """The round's training ends: steps with all that is confirmed within `seconds`; the rest is thrown away."""
+        until = time.monotonic() + seconds
+        while self._sealed is not None or self._open.counted:
+            if self._sealed is None:
+                self._seal()
+            assert self._sealed is not None
+            with self.queue.changed:
+                while not self._sealed.confirmed and (left := until - time.monotonic()) > 0:
+                    self.queue.changed.wait(left)
+            self._void(self._sealed)
+            self._step()
+        for p in self._parameters:
+            p.grad = None
+
+
+class _Seeded(AbstractContextManager[object]):
+    """Random numbers that follow from a microbatch's id."""
+
+    def __init__(self, id_: bytes) -> None:
+        self._seed = int.from_bytes(hashlib.sha256(id_).digest()[:8], "big") >> 1
+        self._fork = torch.random.fork_rng()
+
+    def __enter__(self) -> object:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._fork.__exit__(*exc)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from potluck.cli.options import JsonOption
+from potluck.errors import UserError
 
 
 def simulate(
@@ -29,15 +30,16 @@ def simulate(
     import msgspec
 
     from potluck.sim.plan import Plan, random_plan
-    from potluck.sim.report import figures, write
+    from potluck.sim.report import figures, usable, write
     from potluck.sim.world import simulate as run
 
     text = str(plan)
-    chosen = random_plan(int(text[5:])) if text.startswith("seed:") and text[5:].isdigit() else Plan.load(plan)
+    chosen = random_plan(_seed_of(text)) if text.startswith("seed:") else Plan.load(plan)
     changed = {"seed": seed, "peers": peers, "rounds": rounds}
     chosen = Plan.of({**chosen.model_dump(), **{k: v for k, v in changed.items() if v is not None}}, text)
     if not as_json:
         print(f"{chosen.name}: {chosen.peers} peers, {chosen.rounds} rounds, seed {chosen.seed}", flush=True)
+    usable(out)
     report = run(chosen, on_round=None if as_json and not sys.stderr.isatty() else _say)
     report.replay = " ".join(
         ["potluck simulate", text, *(f"--{name} {value}" for name, value in changed.items() if value is not None)]
@@ -54,6 +56,15 @@ def simulate(
     if report.violations:
         print(f"replay it: {report.replay}", file=sys.stderr)
         raise typer.Exit(1)
+    if report.interrupted:
+        raise KeyboardInterrupt
+
+
+def _seed_of(text: str) -> int:
+    number = text.removeprefix("seed:")
+    if not number.isdecimal() or int(number) >= 2**63:
+        raise UserError(f"{text}: seed:N takes a whole number from 0 to 2^63 - 1")
+    return int(number)
 
 
 def _say(row: dict[str, Any]) -> None:

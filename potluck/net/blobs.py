@@ -540,6 +540,8 @@ class BlobService:
     def __init__(self, rpc: Rpc, store: BlobStore, *, max_upload_bytes_per_second: float | None = None) -> None:
         self._store = store
         self._pacer = _Pacer(max_upload_bytes_per_second) if max_upload_bytes_per_second else None
+        #: Bytes of chunks given so far.
+        self.served_bytes = 0
         rpc.register("blob.list", self._list)
         rpc.register("blob.get", self._get)
 
@@ -558,6 +560,7 @@ class BlobService:
             raise ProtocolError(str(error)) from error
         if self._pacer is not None:
             await self._pacer.take(len(chunk), urgent=not self._store.is_lent(blob_id))
+        self.served_bytes += len(chunk)
         return Reply({}, chunk)
 
     def _revealed(self, head: dict[str, Any]) -> BlobId:

@@ -808,6 +808,11 @@ class Rpc:
 
     # --- bookkeeping
 
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes of request bodies held now."""
+        return self._total.buffered
+
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)

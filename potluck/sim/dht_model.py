@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from potluck.dht.directory import DirectoryView
 from potluck.dht.records import Commit, Record, Replica, Signed, commits_path, replicas_path
 from potluck.dht.storage import MAX_SUBKEYS
-from potluck.net.hosts.memory import HANDSHAKE_BYTES
+from potluck.net.hosts.memory import HANDSHAKE_BYTES, MAX_CONNECTIONS
 
 if TYPE_CHECKING:
     from potluck.sim.peer import SimPeer
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 #: Both ways, for two round trips.
 DIAL_BYTES = 4 * HANDSHAKE_BYTES
-#: p2pd closes the oldest between 256 and 512.
-MAX_CONNECTIONS = 384
 
 
 @dataclass(frozen=True)

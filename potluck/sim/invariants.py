@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import asyncio
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from potluck.swarm.waits import WaitBoard
 #: Seconds that a wait may outlast its deadline: two more messages of the slowest path.
 SLACK_SECONDS = 2.0
 MAX_WAITS = 16
+#: Nobody counts contributions to rounds older than this.
+REMEMBERED_ROUNDS = 100
 
 
 class Violation(PotluckError):
@@ -26,9 +29,10 @@ class Watch:
     def __init__(self, now: Callable[[], float], strict: bool = False) -> None:
         self._now, self._strict = now, strict
         self.violations: list[str] = []
-        #: Per peer: the round that its state is at, and what it counted of each.
+        #: Per peer: the round that its state is at.
         self._next: dict[PeerId, int] = {}
-        self._counted: dict[tuple[PeerId, int], int] = defaultdict(int)
+        #: Per round and contributor: the one contribution that counts, by whoever counted it first.
+        self._counted: dict[int, dict[PeerId, str]] = {}
 
     def say(self, peer: str, what: str) -> None:
         text = f"at {self._now():.3f} s, {peer[-8:]}: {what}"
@@ -45,8 +49,8 @@ class Watch:
             self._next[peer] = fields["round"]
         elif name in ("swarm.round.applied", "swarm.round.replayed"):
             self._applied(peer, fields["round"])
-            if name == "swarm.round.applied":
-                self._group(peer, fields)
+        elif name == "swarm.contributions.counted":
+            self._count(peer, fields["round"], fields["blobs"])
         elif name == "swarm.round.missed":
             self._next.pop(peer, None)  # it may carry its own state to the present, if nobody gives another
 
@@ -56,30 +60,55 @@ class Watch:
             self.say(peer, f"round {round_} was applied where {expected} was next")
         self._next[peer] = round_ + 1
 
-    def _group(self, peer: PeerId, fields: Mapping[str, Any]) -> None:
-        group = fields["group"]
-        if len(set(group)) != len(group):
-            self.say(peer, f"a contribution counted twice in round {fields['round']}")
-
-    @property
-    def now(self) -> Callable[[], float]:
-        return self._now
+    def _count(self, peer: PeerId, round_: int, blobs: Mapping[PeerId, str]) -> None:
+        counted = self._counted.setdefault(round_, {})
+        for contributor, blob in blobs.items():
+            if counted.setdefault(contributor, blob) != blob:
+                self.say(peer, f"counts a second contribution of {contributor[-8:]} to round {round_}")
+        self._counted.pop(round_ - REMEMBERED_ROUNDS, None)
 
 
 class WatchedWaits(WaitBoard):
-    """Nothing waits past its deadline. `excused`: whether this peer was frozen, so that it could not know."""
+    """Nothing waits past its deadline. `excused(began)`: whether this peer could not know, because it was frozen or its
+    clock was set since then (loop time)."""
 
     def __init__(self, now: Callable[[], float], peer: PeerId, watch: Watch, excused: Callable[[float], bool]) -> None:
         super().__init__(now)
         self._peer, self._watch, self._clock, self._excused = peer, watch, now, excused
+        self._loop = asyncio.get_running_loop()
 
     @contextmanager
     def waiting(self, what: str, until: float, then: str) -> Iterator[None]:
-        since = self._clock()
-        with super().waiting(what, until, then):
-            if len(self._waits) > MAX_WAITS:
-                self._watch.say(self._peer, f"{len(self._waits)} waits at once")
-            yield
-        late = self._clock() - max(until, since)
-        if late > SLACK_SECONDS and not self._excused(since):
-            self._watch.say(self._peer, f"waited {late:.1f} s past the deadline for {what}")
+        began = self._loop.time()
+
+        timers: list[asyncio.TimerHandle] = []
+
+        def watch(seconds: float) -> None:
+            timers[:] = [self._loop.call_later(seconds + SLACK_SECONDS, overdue)]
+
+        def overdue() -> None:
+            if self._excused(began):
+                watch(0.0)
+            else:
+                self._watch.say(self._peer, f"waits {SLACK_SECONDS:g} s past the deadline for {what}")
+
+        watch(max(0.0, until - self._clock()))
+        try:
+            with super().waiting(what, until, then):
+                if len(self._waits) > MAX_WAITS:
+                    self._watch.say(self._peer, f"{len(self._waits)} waits at once")
+                yield
+        finally:
+            timers[0].cancel()
+
+
+class Complaints(logging.Handler):
+    """What the code under test logs as an error is a bug, too: tasks that died, handlers that raised."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__(logging.ERROR)
+        self._watch = watch
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        self._watch.say(record.name, f"{record.getMessage()} {error!r}" if error else record.getMessage())

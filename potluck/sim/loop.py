@@ -32,7 +32,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def __init__(self) -> None:
         super().__init__()
-        self.events = 0
         self._now = 0.0
         #: asyncio's own heap compares handles in Python, and its loop asks the kernel for sockets each time.
         self._timers: list[tuple[float, int, Any]] = []
@@ -101,7 +100,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """There is no other thread that could wait to be heard."""
 
     def _run_once(self) -> None:
-        self.events += 1
         todo, timers = self._todo, self._timers
         if not todo and not cast(Any, self)._stopping:
             while timers and timers[0][2]._cancelled:

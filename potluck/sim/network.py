@@ -4,8 +4,9 @@
   streams by turns of 32 KiB, which is fair sharing as fluid models have it, down to that size.
 - The distance is a base for each pair (log-normal around its regions' value) and a little jitter for each message.
 - A lost message costs a retransmission timeout; now and then one breaks its stream.
-- Two peers behind NATs talk directly where both are cones (hole punching), else through a public relay, whose line
-  they use. Partitioned or frozen peers' messages are held, and go on when they are healed.
+- Two peers behind NATs talk directly where both are cones (hole punching), else through a living public relay, whose
+  line they use. A channel keeps its relay; when that dies, what it was to forward is lost and its channels break.
+- Between partitioned peers, to a frozen peer and out of one messages are held, and go on from there when it is over.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import random
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,6 +58,8 @@ class Weather:
 
 @dataclass
 class Traffic:
+    """Bytes, and messages of its own. What a peer relayed is in `sent` and `received` too."""
+
     sent: int = 0
     received: int = 0
     relayed: int = 0
@@ -124,19 +127,22 @@ class Network:
         self.weather = weather or Weather()
         self._dice = random.Random(f"network {seed}")
         self._ports: dict[PeerId, _Port] = {}
+        self._living: set[PeerId] = set()
         self._relays: list[PeerId] = []
         self._distances: dict[tuple[PeerId, PeerId], float] = {}
         self._sides: dict[PeerId, int] = {}
         self._frozen: set[PeerId] = set()
-        self._held: list[tuple[PeerId, PeerId, Arrive]] = []
+        #: What waits where it arrived, and what a frozen peer could not send: functions that try again.
+        self._held: list[Callable[[], None]] = []
+        self._unsent: dict[PeerId, list[Callable[[], None]]] = {}
 
     def add(self, peer: PeerId, line: Line) -> None:
         """Also changes the line of a known peer; what is under way keeps its speed."""
         traffic = self._ports[peer].traffic if peer in self._ports else Traffic()
         up, down = (_Pipe(self._loop, rate) if rate else None for rate in (line.up, line.down))
         self._ports[peer] = _Port(line, up, down, traffic)
-        if line.nat == "public" and peer not in self._relays:
-            self._relays.append(peer)
+        if peer in self._living:
+            self.up(peer)
 
     def traffic(self, peer: PeerId) -> Traffic:
         return self._ports[peer].traffic
@@ -166,38 +172,71 @@ class Network:
 
     def thaw(self, peer: PeerId) -> None:
         self._frozen.discard(peer)
-        self._release()
+        self._release(peer)
+
+    def _apart(self, one: PeerId, other: PeerId) -> bool:
+        return bool(self._sides) and self._sides.get(one, 0) != self._sides.get(other, 0)
 
     def _blocked(self, source: PeerId, target: PeerId) -> bool:
-        if source in self._frozen or target in self._frozen:
-            return True
-        return bool(self._sides) and self._sides.get(source, 0) != self._sides.get(target, 0)
+        """Whether nothing arrives. What a peer sent before it froze does."""
+        return target in self._frozen or self._apart(source, target)
 
-    def _release(self) -> None:
+    def _release(self, peer: PeerId | None = None) -> None:
+        # First what `peer` had to send: what arrives makes it send more, and a channel keeps its order.
+        for fly in self._unsent.pop(peer, ()) if peer else ():
+            fly()
         held, self._held = self._held, []
-        for source, target, arrive in held:
-            self._arrive(source, target, arrive)
+        for landed in held:
+            landed()
 
     # --- Wire
 
+    def up(self, peer: PeerId) -> None:
+        self._living.add(peer)
+        if peer in self._relays:
+            self._relays.remove(peer)
+        if peer in self._ports and self._ports[peer].line.nat == "public":
+            self._relays.append(peer)
+
+    def down(self, peer: PeerId) -> None:
+        self._living.discard(peer)
+        if peer in self._relays:
+            self._relays.remove(peer)
+            self._release(peer)
+
     def can_dial(self, source: PeerId, target: PeerId) -> bool:
-        if self._blocked(source, target):
+        if source in self._frozen or self._blocked(source, target):
             return False
-        return target not in self._ports or not self._needs_relay(source, target) or bool(self._relays)
+        if target not in self._ports or not self._needs_relay(source, target):
+            return True
+        relay = self._relay(source, target)
+        return relay is not None and not self._blocked(source, relay) and not self._apart(relay, target)
 
     def send(self, source: PeerId, target: PeerId, size: int, arrive: Arrive, channel: Channel) -> None:
-        hops = [source, target]
-        if target in self._ports and self._needs_relay(source, target) and self._relays:
-            hops.insert(1, self._relay(source, target))
-        self._ports[source].traffic.sent += size
+        hops: tuple[PeerId, ...] = (source, target)
+        if target in self._ports and self._needs_relay(source, target):
+            if channel.relay not in self._living:
+                channel.relay = self._relay(source, target)
+            if channel.relay is None:
+                self._loop.call_soon(channel.break_off)
+                return
+            hops = (source, channel.relay, target)
         self._ports[source].traffic.messages += 1
-        self._hop(hops, size, arrive, channel)
+        self._hop(hops, 0, size, arrive, channel)
 
-    def _hop(self, hops: Sequence[PeerId], size: int, arrive: Arrive, channel: Channel) -> None:
-        source, target = hops[0], hops[1]
-        up = self._ports[source].up
+    def _hop(self, hops: tuple[PeerId, ...], at: int, size: int, arrive: Arrive, channel: Channel) -> None:
+        source, target = hops[at], hops[at + 1]
+        to_relay = at + 2 < len(hops)
+        port = self._ports[source]
+        port.traffic.sent += size
 
         def fly() -> None:
+            if at and source not in self._living:
+                self._loop.call_soon(channel.break_off)
+                return
+            if source in self._frozen:
+                self._unsent.setdefault(source, []).append(fly)
+                return
             when = self._loop.time() + self._seconds(source, target, channel)
             # A stream keeps its order; timers of one instant would not.
             channel.last = when = max(when, channel.last + 1e-9)
@@ -211,26 +250,26 @@ class Network:
                 port.down.push(channel, size, landed)
 
         def landed() -> None:
+            if to_relay and target not in self._living:
+                self._loop.call_soon(channel.break_off)
+                return
+            if self._blocked(source, target):
+                self._held.append(landed)
+                return
             port = self._ports.get(target)
             if port is not None:
                 port.traffic.received += size
-                if len(hops) > 2:
+                if to_relay:
                     port.traffic.relayed += size
-            if len(hops) > 2:
-                self._hop(hops[1:], size, arrive, channel)
+            if to_relay:
+                self._hop(hops, at + 1, size, arrive, channel)
             else:
-                self._arrive(source, target, arrive)
+                arrive()
 
-        if up is None:
+        if port.up is None:
             fly()
         else:
-            up.push(channel, size, fly)
-
-    def _arrive(self, source: PeerId, target: PeerId, arrive: Arrive) -> None:
-        if self._blocked(source, target):
-            self._held.append((source, target, arrive))
-        else:
-            arrive()
+            port.up.push(channel, size, fly)
 
     def _seconds(self, source: PeerId, target: PeerId, channel: Channel) -> float:
         weather = self.weather
@@ -263,11 +302,15 @@ class Network:
         # A public peer that wants a NATed one asks it, through a relay, to dial back: the connection is direct.
         return "public" not in ends and "symmetric" in ends
 
-    def _relay(self, source: PeerId, target: PeerId) -> PeerId:
-        pair = "".join(sorted((source, target)))
-        return self._relays[zlib.crc32(pair.encode()) % len(self._relays)]
-
-    def remove(self, peer: PeerId) -> None:
-        """It is gone: it relays for nobody any more."""
-        if peer in self._relays:
-            self._relays.remove(peer)
+    def _relay(self, source: PeerId, target: PeerId) -> PeerId | None:
+        """A living public peer, one that both reach if there is any: a pair's first or the next that will do."""
+        relays, pair = self._relays, "".join(sorted((source, target)))
+        if not relays:
+            return None
+        first = zlib.crc32(pair.encode()) % len(relays)
+        if not self._apart(source, target):
+            for number in range(first, first + len(relays)):
+                relay = relays[number % len(relays)]
+                if not self._blocked(source, relay) and not self._apart(relay, target):
+                    return relay
+        return relays[first]

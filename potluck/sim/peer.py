@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -27,15 +27,15 @@ from potluck.net.rpc import Rpc, RpcLimits
 from potluck.sim.blobs import MemoryBlobStore
 from potluck.sim.dht_model import ModelDirectory
 from potluck.sim.invariants import WatchedWaits
+from potluck.sim.liars import Liar, LyingExchange
 from potluck.sim.loop import Compute
 from potluck.sim.network import Line
 from potluck.sim.plan import Lie
 from potluck.sim.stand_in import MODULE, Pace
-from potluck.swarm.aggregate import Contribution
 from potluck.swarm.checkpoints import CheckpointStore
 from potluck.swarm.codecs import Codec, make_codec
 from potluck.swarm.exchange import Exchange, NetworkExchange
-from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.layout import Flat
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round
 from potluck.swarm.presence import Presence
@@ -73,18 +73,20 @@ class SimPeer:
         self.replica: GossipReplica | None = None
         self.rpc: Rpc | None = None
         self.store: BlobStore | None = None
+        self.blobs: BlobService | None = None
         self.dht: Any = None
         self.ended: str | None = None
         self.dht_operations = 0
-        #: Rounds that it applied, and those to whose group it contributed; cleared by every new process.
+        #: Rounds that it applied, and those to whose group it contributed, over all its processes.
         self.applied: set[int] = set()
         self.contributed: set[int] = set()
-        #: Whether a fault struck this peer itself.
-        self.struck = False
+        #: Whether a fault struck this peer itself, and whether it left at its session's end.
+        self.struck = self.left = False
         self._task: asyncio.Task[None] | None = None
         self._addresses: list[str] = []
         self._frozen = False
-        self._last_frozen = -1e9
+        #: When it was last thawed, or its clock set, in loop time.
+        self._disturbed_at = -math.inf
         self._thawed: list[Callable[[], None]] = []
         self._checkpoints = CheckpointStore(world.root / str(number) / "checkpoints", world.plan.name, keep=2)
         self._saved = False
@@ -121,15 +123,19 @@ class SimPeer:
         self.world.network.freeze(self.id)
 
     def thaw(self) -> None:
-        self._frozen, self._last_frozen = False, self.world.loop.time()
+        self._frozen, self._disturbed_at = False, self.world.loop.time()
         self.world.network.thaw(self.id)
         thawed, self._thawed = self._thawed, []
         for then in thawed:
             then()
 
-    def _excused(self, since: float) -> bool:
+    def set_clock(self, error: float) -> None:
+        """`error`: seconds that it is ahead from now on."""
+        self.skew, self._disturbed_at = error, self.world.loop.time()
+
+    def _excused(self, began: float) -> bool:
         """A frozen process cannot see its deadlines; nor can one whose clock was set meanwhile."""
-        return self._frozen or self._last_frozen + self.world.epoch >= since - abs(self.skew) - 1 or self.skew != 0
+        return self._frozen or self._disturbed_at >= began
 
     # ---- the process ----------------------------------------------------------------------------------------
 
@@ -164,6 +170,9 @@ class SimPeer:
                 self.ended = f"{type(error).__name__}: {error}"
                 if not self.disk_full and self.host and self.host.alive:
                     self.world.watch.say(self.id, f"ended: {self.ended}")
+            except Exception as error:
+                self.ended = repr(error)
+                self.world.watch.say(self.id, f"a bug ended it: {self.ended}")
             if self.ended:
                 self.emit("sim.peer.ended", why=self.ended)
 
@@ -179,7 +188,7 @@ class SimPeer:
         store = self.store = kind(world.root / str(self.number) / "blobs", QUOTA_BYTES, clock=clock.now)
         store.quota_bytes = 0 if self.disk_full else QUOTA_BYTES
         cap = plan.upload_cap_mbit * 125_000 or None
-        BlobService(rpc, store, max_upload_bytes_per_second=cap)
+        self.blobs = BlobService(rpc, store, max_upload_bytes_per_second=cap)
         clock.serve(rpc)
         known = [f"/ip4/10.0.0.1/tcp/4001/p2p/{peer}" for peer in bootstrap]
         await dial(host, [*known, *self._addresses])
@@ -312,6 +321,8 @@ class SimPeer:
         return result
 
     def emit(self, name: str, **fields: Any) -> None:
+        if name == "peer.clock.corrected":
+            self._disturbed_at = self.world.loop.time()
         self.world.event(self, name, fields)
 
 
@@ -328,49 +339,3 @@ class CountingDirectory(Directory):
 
     async def _read(self, kind: Any, path: str, timeout_seconds: float) -> Any:
         return await self._owner.measured("read", None, super()._read(kind, path, timeout_seconds))
-
-
-class Liar:
-    """A codec that may send something else than what was trained. Without a lie it is the run's codec."""
-
-    def __init__(self, peer: SimPeer, codec: Codec) -> None:
-        self._peer, self._codec = peer, codec
-        self.name, self.has_residual = codec.name, codec.has_residual
-
-    def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
-        match self._peer.lie:
-            case "scale":
-                delta = delta * np.float32(100.0)
-            case "sign":
-                delta = -delta
-        return self._codec.encode(delta, layout, residual)
-
-    def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:
-        return self._codec.decode(blob, layout)
-
-    def max_bytes(self, layout: Layout) -> int:
-        return self._codec.max_bytes(layout)
-
-
-class LyingExchange:
-    """Publishes and serves what a liar says. Everything else goes to the real one."""
-
-    def __init__(self, peer: SimPeer, exchange: NetworkExchange) -> None:
-        self._peer, self._exchange = peer, exchange
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._exchange, name)
-
-    async def offer(self, blob: bytes, reveal_at: float) -> Any:
-        if self._peer.lie == "garbage":
-            blob = hashlib.shake_128(blob).digest(len(blob))
-        return await self._exchange.offer(blob, reveal_at)
-
-    async def publish(self, commit: Any, expires_at: float, timeout_seconds: float) -> bool:
-        import msgspec
-
-        if self._peer.lie == "digest":
-            commit = msgspec.structs.replace(commit, digest="ab" * 32, history=2**40)
-        elif self._peer.lie == "tokens":
-            commit = msgspec.structs.replace(commit, tokens=2**40)
-        return await self._exchange.publish(commit, expires_at, timeout_seconds)

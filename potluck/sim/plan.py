@@ -8,13 +8,15 @@ Everything random follows from `seed`.
 
 from __future__ import annotations
 
+import random
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from potluck.errors import UserError
+from potluck.errors import PotluckError, UserError
+from potluck.swarm.codecs import make_codec
 
 Kind = Literal[
     "crash",
@@ -53,6 +55,8 @@ class Fault(_Part):
     @model_validator(mode="after")
     def _names_its_victims(self) -> Self:
         given = [value for value in (self.peer, self.count, self.share) if value is not None]
+        if self.rounds and self.kind in ("heal", "organizer_dies", "restart"):
+            raise ValueError(f"a {self.kind} does not end: it takes no rounds")
         if self.kind in ("heal", "organizer_dies"):
             return self
         if len(given) != 1:
@@ -72,11 +76,13 @@ class Lines(_Part):
 
 
 class WeatherPart(_Part):
-    latency: float = Field(default=1.0, ge=0, le=100)
-    spread: float = Field(default=0.3, ge=0, le=3)
-    jitter: float = Field(default=0.1, ge=0, le=10)
-    loss: float = Field(default=0, ge=0, lt=1)
-    reset: float = Field(default=0, ge=0, lt=1)
+    """What the network does to everybody."""
+
+    latency: float = Field(default=1.0, ge=0, le=100, description="factor on the regions' latencies")
+    spread: float = Field(default=0.3, ge=0, le=3, description="sigma of a pair's log-normal base latency")
+    jitter: float = Field(default=0.1, ge=0, le=10, description="most that a message is later, over the latency")
+    loss: float = Field(default=0, ge=0, lt=1, description="share of messages that are sent again")
+    reset: float = Field(default=0, ge=0, lt=1, description="share of messages that break their stream")
 
 
 class Churn(_Part):
@@ -85,7 +91,7 @@ class Churn(_Part):
     arrivals_per_round: float = Field(default=0, ge=0)
     session_rounds: float = Field(default=0, ge=0, description="median session; 0: they stay")
     wave: float = Field(default=0, ge=0, le=1, description="amplitude of the day's wave on the arrivals")
-    wave_rounds: float = Field(default=1440, gt=0)
+    day_seconds: float = Field(default=86_400, gt=0, description="length of the wave")
 
 
 class Plan(BaseModel):
@@ -99,16 +105,16 @@ class Plan(BaseModel):
     peers: int = Field(default=10, ge=1, le=100_000)
     rounds: int = Field(default=10, ge=1, le=100_000)
     seconds: float = Field(default=60.0, ge=2, le=86400, description="length of a round")
-    exchange_seconds: float = Field(default=15.0, gt=0)
-    steps: int = Field(default=10, ge=1)
+    exchange_seconds: float = Field(default=15.0, gt=0, description="of a round, for committing and pulling")
+    steps: int = Field(default=10, ge=1, description="local steps that a usual machine does in a round")
     step_seconds: float = Field(default=3.0, gt=0, description="virtual seconds of one local step on a usual machine")
-    group_size: int = Field(default=16, ge=2, le=256)
-    retain: int = Field(default=6, ge=2)
-    fragments: int = Field(default=8, ge=1)
-    sync_limit: float = Field(default=3.0, gt=0)
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    codec: str = "int8"
-    codec_parameters: dict[str, float] = Field(default_factory=dict)
+    group_size: int = Field(default=16, ge=2, le=256, description="replicas that average with each other, about")
+    retain: int = Field(default=6, ge=2, description="rounds that contributions and states are kept")
+    fragments: int = Field(default=8, ge=1, description="rounds in which all parameters are averaged across groups")
+    sync_limit: float = Field(default=3.0, gt=0, description="drift beyond this many times the expected reloads")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="of the outer step (Nesterov)")
+    codec: str = Field(default="int8", description="of contributions: none, int8 or sparse")
+    codec_parameters: dict[str, float] = Field(default_factory=dict, description="as in a run's manifest")
     model: Literal["quadratic", "llama"] = Field(
         default="quadratic", description="quadratic: a stand-in whose gradients are known; llama: real training, tiny"
     )
@@ -132,6 +138,16 @@ class Plan(BaseModel):
             raise ValueError(f"exchange_seconds is {self.exchange_seconds:g}, allowed less than half of seconds")
         if self.lines.cone + self.lines.symmetric > 1:
             raise ValueError("lines: cone and symmetric together are more than all")
+        try:
+            make_codec(self.codec, self.codec_parameters)
+        except (PotluckError, TypeError, ValueError) as error:
+            raise ValueError(f"codec {self.codec}: {error}") from None
+        most = self.peers + sum(fault.count or 0 for fault in self.fault if fault.kind == "join")
+        for number, fault in enumerate(self.fault):
+            if fault.round >= self.rounds:
+                raise ValueError(f"fault {number} strikes in round {fault.round}, after the last ({self.rounds - 1})")
+            if fault.peer is not None and fault.peer >= most and not self.churn.arrivals_per_round:
+                raise ValueError(f"fault {number} strikes peer {fault.peer}; the last is {most - 1}")
         return self
 
     @classmethod
@@ -139,7 +155,9 @@ class Plan(BaseModel):
         """Raises UserError that names the file and every wrong setting."""
         try:
             fields = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; a plan is a TOML file as in docs/plans/, or seed:N") from None
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UserError(f"{path}: {error}") from None
         return cls.of(fields | {"name": fields.get("name", path.stem)}, str(path))
 
@@ -189,8 +207,6 @@ class Plan(BaseModel):
 
 def random_plan(seed: int) -> Plan:
     """A small swarm with random faults: what the nightly hunt for bugs runs."""
-    import random
-
     dice = random.Random(f"plan {seed}")
     peers = 5 + int(16 * dice.random() ** 4)  # most are small, so that many seeds can be tried
     rounds = dice.randint(5, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ _PLOTS = (
     ("bytes_median", "bytes sent per peer", "bytes"),
     ("digests", "different states among replicas", "states"),
     ("group", "members of a group (mean)", "members"),
+    ("dht_operations", "DHT operations per peer", "operations"),
+    ("missed", "rounds missed, by reason", "peers"),
 )
 
 
@@ -33,7 +36,10 @@ class Report:
     join_rounds: list[float] = field(default_factory=list)
     heal_rounds: float | None = None
     violations: list[str] = field(default_factory=list)
+    #: Most rounds that any peer which no fault struck did not apply, and did not contribute to.
     survivors_missed: int = 0
+    survivors_sat_out: int = 0
+    interrupted: bool = False
     loss_start: float = math.nan
     loss_end: float = math.nan
     bytes_per_peer_per_round: float = 0.0
@@ -64,11 +70,14 @@ def figures(report: Report) -> dict[str, Any]:
         "peers": report.peers_seen,
         "rounds": len(report.rounds),
         "rounds_missed_by_survivors": report.survivors_missed,
+        "rounds_without_contribution_by_survivors": report.survivors_sat_out,
         "loss_ratio": report.loss_end / report.loss_start if report.loss_start else None,
         "loss_start": report.loss_start,
         "loss_end": report.loss_end,
         "bytes_per_peer_per_round": report.bytes_per_peer_per_round,
         "dht_operations_per_peer_per_round": report.dht_operations_per_peer_per_round,
+        "dht_bytes_per_peer_per_round": report.dht_bytes_per_peer_per_round,
+        "joined": len(report.join_rounds),
         "join_rounds_median": _median(report.join_rounds),
         "heal_rounds": report.heal_rounds,
         "missed": report.missed,
@@ -78,11 +87,22 @@ def figures(report: Report) -> dict[str, Any]:
         "trace": report.trace,
         "seconds": report.seconds,
         "cpu_seconds": report.cpu_seconds,
+        "peak_memory_mb": report.peak_memory_mb,
+        "interrupted": report.interrupted,
     }
 
 
 def _median(values: list[float]) -> float | None:
     return sorted(values)[len(values) // 2] if values else None
+
+
+def usable(folder: Path) -> None:
+    """Raises UserError, before the work, if a report could not be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
 
 
 def write(report: Report, folder: Path) -> tuple[Path, Path]:
@@ -127,17 +147,25 @@ def _plots(report: Report) -> str:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(3, 2, figsize=(11, 10), layout="constrained")
+    figure, axes = pyplot.subplots(5, 2, figsize=(11, 16), layout="constrained")
     numbers = [row["round"] for row in report.rounds]
-    for axis, (key, title, unit) in zip(axes.flat, _PLOTS, strict=True):
-        keys = ("peers", "applied", "contributed") if key == "peers" else (key,)
-        for each in keys:
-            axis.plot(numbers, [row[each] for row in report.rounds], label=each)
-        if len(keys) > 1:
+    for axis, (key, title, unit) in zip(axes.flat, _PLOTS, strict=False):
+        lines = {key: [row[key] for row in report.rounds]}
+        if key == "peers":
+            lines = {each: [row[each] for row in report.rounds] for each in ("peers", "applied", "contributed")}
+        elif key == "missed":
+            lines = {why: [row[key].get(why, 0) for row in report.rounds] for why in sorted(report.missed)}
+        for label, values in lines.items():
+            axis.plot(numbers, values, label=label)
+        if len(lines) > 1:
             axis.legend()
         axis.set(title=title, xlabel="round", ylabel=unit)
         for fault in report.plan["fault"]:
             axis.axvline(fault["round"] + fault["at"], color="red", alpha=0.3, linewidth=1)
+    joins, unused = axes.flat[len(_PLOTS) :]
+    joins.hist(report.join_rounds or [0], bins=20)
+    joins.set(title="from arrival to the first contribution", xlabel="rounds", ylabel="peers")
+    unused.set_axis_off()
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     pyplot.close(figure)

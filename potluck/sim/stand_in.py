@@ -31,7 +31,6 @@ MODULE = "stage.0"
 #: Of the way to the minimum that one step of the quadratic goes.
 _RATE = 0.02
 _TOKENS = 1000
-Lie = Callable[[Flat], Flat]
 
 
 class Pace:
@@ -65,7 +64,6 @@ class Quadratic:
         self.target = np.random.default_rng(seed).standard_normal(self.layout.size).astype(np.float32)
         self.theta: Flat = self.layout.zeros()
         self.pace, self._noise, self._name = pace, noise, f"{seed} {name}"
-        self.lie: Lie | None = None
         #: From this step on nothing is learned any more.
         self.last_step = 2**62
 
@@ -92,7 +90,7 @@ class Quadratic:
 
     def delta(self, theta: Flat) -> Flat:
         delta: Flat = theta - self.theta
-        return self.lie(delta) if self.lie else delta
+        return delta
 
     def evaluate(self, tokens: torch.Tensor) -> float:
         return float(0.5 * np.mean(np.square(self.theta - self.target), dtype=np.float64))
@@ -102,7 +100,6 @@ class PacedTrainer(LocalTrainer):
     """Real local training in virtual time."""
 
     pace: Pace
-    lie: Lie | None = None
 
     def train(
         self,
@@ -112,10 +109,6 @@ class PacedTrainer(LocalTrainer):
         may_start: Callable[[float], bool] = lambda seconds: True,
     ) -> LocalResult:
         return super().train(batches, self.pace.steps_until(max_steps, may_start), first_step)
-
-    def delta(self, theta: Flat) -> Flat:
-        delta = super().delta(theta)
-        return self.lie(delta) if self.lie else delta
 
 
 class Model:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
+import logging
 import math
+import os
 import random
 import resource
 import shutil
@@ -23,19 +25,21 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import torch
 from hivemind.dht.routing import DHTID
 
 from potluck.dht.manifest import RunId
 from potluck.dht.node import quieten_hivemind
 from potluck.dht.records import RejectedRecord
-from potluck.dht.storage import RecordStorage
+from potluck.dht.storage import MAX_BYTES, MAX_KEYS, RecordStorage
 from potluck.dht.validator import RecordValidator
 from potluck.net.host import PeerId
 from potluck.net.hosts.memory import Lan
 from potluck.sim.dht_model import Shelf
+from potluck.sim.faults import Faults
 from potluck.sim.hivemind import HivemindInVirtualTime
-from potluck.sim.invariants import Watch
+from potluck.sim.invariants import Complaints, Watch
 from potluck.sim.loop import VirtualLoop, run
 from potluck.sim.network import Line, Nat, Network, Weather
 from potluck.sim.peer import QUOTA_BYTES, SimPeer
@@ -52,6 +56,7 @@ EPOCH = 1_700_000_000.0
 INVITED = 3
 #: Rounds between two searches for objects in cycles.
 COLLECT_ROUNDS = 5
+_ROOT = "potluck-sim"
 #: Replicas among which drift is measured.
 DRIFT_SAMPLE = 64
 
@@ -67,7 +72,6 @@ class World:
         weather = Weather(**plan.weather.model_dump())
         self.network = Network(loop, plan.seed, weather)
         self.lan = Lan(self.network)
-        self.epoch = EPOCH
         self.start_seconds = plan.join_over_rounds * plan.seconds
         self.genesis = EPOCH + math.ceil(self.start_seconds) + 5.0
         self.rules = RoundRules(
@@ -93,8 +97,10 @@ class World:
         self._applied: dict[int, list[dict[str, Any]]] = defaultdict(list)
         self._contributed: dict[PeerId, float] = {}
         self._missed: Counter[str] = Counter()
+        self._missed_before: Counter[str] = Counter()
         self._sent_before: dict[PeerId, int] = {}
         self._counts: dict[str, dict[PeerId, int]] = {}
+        self._served: dict[PeerId, int] = {}
         self.shelf: Shelf = {}
         #: What each DHT operation took: see `SimPeer.measured`.
         self.operations: list[tuple[str, int, int, int, float]] = []
@@ -119,7 +125,12 @@ class World:
     def background(self, work: Coroutine[Any, Any, Any]) -> None:
         task = self.loop.create_task(work)
         self._tasks[task] = None
-        task.add_done_callback(lambda done: self._tasks.pop(done, None))
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.watch.say("the simulation", f"a task in the background ended: {error!r}")
 
     def event(self, peer: SimPeer, name: str, fields: dict[str, Any]) -> None:
         line = msgspec.json.encode([round(self.loop.time(), 9), peer.number, name, fields], order="deterministic")
@@ -128,6 +139,7 @@ class World:
         self.watch.event(peer.id, name, fields)
         match name:
             case "swarm.round.applied":
+                self._check_memory(peer)
                 self._applied[fields["round"]].append(fields)
                 peer.applied.add(fields["round"])
                 if fields["contributed"]:
@@ -145,43 +157,54 @@ class World:
 
     async def run(self) -> Report:
         plan = self.plan
-        began, cpu_began = time.perf_counter(), time.process_time()
+        self._began = time.perf_counter(), time.process_time()
         for number in range(plan.peers):
             at = 0.0 if number == 0 else self.dice.uniform(0.5, max(0.6, self.start_seconds))
-            self.loop.call_at(at, self._arrive)
+            self.loop.call_at(at, self.arrive)
+        faults = Faults(self)
         for number, fault in enumerate(plan.fault):
-            self.loop.call_at(self._when(fault), self._strike, fault, random.Random(f"fault {plan.seed} {number}"))
+            self.loop.call_at(self._when(fault), faults.strike, fault, random.Random(f"fault {plan.seed} {number}"))
         if plan.churn.arrivals_per_round > 0:
             self.background(self._churn())
         for round_ in range(plan.rounds):
             await self._until(round_ + 1.05)
             self._measure(round_)
         await self._end()
-        self.report.cpu_seconds = time.process_time() - cpu_began
-        self._conclude(time.perf_counter() - began)
-        return self.report
+        return self._conclude()
+
+    def interrupted(self) -> Report:
+        """The report of the rounds so far."""
+        self.report.interrupted = True
+        return self._conclude()
 
     def _when(self, fault: Fault) -> float:
-        return self.genesis - EPOCH + (fault.round + fault.at) * self.plan.seconds
+        return self._start_of(fault.round + fault.at)
+
+    def _start_of(self, rounds: float) -> float:
+        """Loop time."""
+        return self.genesis - EPOCH + rounds * self.plan.seconds
 
     async def _until(self, rounds: float) -> None:
-        await asyncio.sleep(self.genesis - EPOCH + rounds * self.plan.seconds - self.loop.time())
+        await asyncio.sleep(self._start_of(rounds) - self.loop.time())
 
-    def _arrive(self) -> SimPeer:
+    def arrive(self) -> SimPeer:
         peer = SimPeer(self, len(self.peers), self._line())
         self.peers.append(peer)
         self.living += 1
-        peer.start(self._bootstrap())
+        peer.start(self.bootstrap())
         if self.plan.churn.session_rounds > 0 and peer.number > 0:
             session = self.plan.churn.session_rounds * math.exp(self.dice.gauss(0, 1.5))
             self.loop.call_later(session * self.plan.seconds, self._leave, peer)
         return peer
 
     def _leave(self, peer: SimPeer) -> None:
+        peer.left = True
         if peer.alive and peer.replica:
             peer.replica.finish()
+        elif peer.alive:
+            peer.crash()
 
-    def _bootstrap(self) -> list[PeerId]:
+    def bootstrap(self) -> list[PeerId]:
         """An invite: the organizer while it lives, and others whom `potluck status` would name."""
         living = [peer.id for peer in self.peers if peer.host and peer.host.alive]
         first = living[:1] if self.peers and self.peers[0].alive else []
@@ -200,81 +223,9 @@ class World:
     async def _churn(self) -> None:
         churn, seconds = self.plan.churn, self.plan.seconds
         while True:
-            day = 1 + churn.wave * math.sin(2 * math.pi * self.loop.time() / (churn.wave_rounds * seconds))
+            day = 1 + churn.wave * math.sin(2 * math.pi * self.loop.time() / churn.day_seconds)
             await asyncio.sleep(self.dice.expovariate(max(1e-9, churn.arrivals_per_round * day)) * seconds)
-            self._arrive()
-
-    # ---- faults ---------------------------------------------------------------------------------------------
-
-    def _strike(self, fault: Fault, dice: random.Random) -> None:
-        if fault.kind == "join":
-            count = fault.count or max(1, round((fault.share or 0) * len(self.peers)))
-            over = max(0.0, fault.rounds) * self.plan.seconds
-            for _ in range(count):
-                self.loop.call_later(dice.uniform(0, over), self._arrive)
-            return
-        if fault.kind == "heal":
-            self.network.heal()
-            return
-        if fault.kind == "organizer_dies":
-            self.peers[0].crash()
-            return
-        victims = self._victims(fault, dice)
-        if fault.kind == "partition":
-            self.network.partition([p.id for p in self.peers if p not in victims], [p.id for p in victims])
-            if fault.rounds:
-                self.loop.call_later(fault.rounds * self.plan.seconds, self.network.heal)
-            return
-        for victim in victims:
-            victim.struck = True
-            self._hit(victim, fault, dice)
-
-    def _victims(self, fault: Fault, dice: random.Random) -> list[SimPeer]:
-        if fault.peer is not None:
-            return [self.peers[fault.peer]] if fault.peer < len(self.peers) else []
-        if fault.kind == "restart":
-            candidates = [peer for peer in self.peers if not peer.alive]
-        else:
-            candidates = [peer for peer in self.peers if peer.alive]
-        count = fault.count or round((fault.share or 0.0) * len(candidates))
-        return sorted(dice.sample(candidates, min(count, len(candidates))), key=lambda peer: peer.number)
-
-    def _hit(self, peer: SimPeer, fault: Fault, dice: random.Random) -> None:
-        undo: Callable[[], None] | None = None
-        match fault.kind:
-            case "crash":
-                peer.crash()
-                undo = lambda: self._restart(peer)  # noqa: E731
-            case "restart":
-                self._restart(peer)
-            case "slow":
-                peer.pace.slowness = fault.factor
-                undo = lambda: setattr(peer.pace, "slowness", 1.0)  # noqa: E731
-            case "freeze":
-                peer.freeze()
-                undo = peer.thaw
-            case "lie":
-                peer.lie = fault.lie
-                undo = lambda: setattr(peer, "lie", None)  # noqa: E731
-            case "clock_skew":
-                error = fault.seconds if fault.peer is not None else dice.uniform(-fault.seconds, fault.seconds)
-                peer.skew = error
-            case "disk_full":
-                self._fill_disk(peer, True)
-                undo = lambda: self._fill_disk(peer, False)  # noqa: E731
-        if undo and fault.rounds:
-            self.loop.call_later(fault.rounds * self.plan.seconds, undo)
-
-    def _restart(self, peer: SimPeer) -> None:
-        if not peer.alive:
-            peer.start(self._bootstrap())
-
-    def _fill_disk(self, peer: SimPeer, full: bool) -> None:
-        peer.disk_full = full
-        if peer.store:
-            peer.store.quota_bytes = 0 if full else QUOTA_BYTES
-        if not full and peer.ended and not peer.alive:
-            self._restart(peer)  # the volunteer made room
+            self.arrive()
 
     # ---- measuring ------------------------------------------------------------------------------------------
 
@@ -282,7 +233,6 @@ class World:
         applied = self._applied.pop(round_, [])
         living = [peer for peer in self.peers if peer.alive]
         self.living = len(living)
-        self._check_memory(living)
         sent = {peer.id: self.network.traffic(peer.id).sent for peer in self.peers}
         spent = [sent[p.id] - self._sent_before.get(p.id, 0) for p in living]
         self._sent_before = sent
@@ -296,14 +246,17 @@ class World:
             "loss": float(np.mean([each["loss"] for each in applied])) if applied else None,
             "group": float(np.mean([len(each["group"]) for each in applied])) if applied else 0.0,
             "digests": len({each["digest"] for each in applied}),
+            "missed": dict(sorted((self._missed - self._missed_before).items())),
             "shards": max((each["shards"] for each in applied), default=0),
             "drift": self._drift(living),
             "bytes_median": median(spent) if spent else 0,
             "bytes_max": max(spent, default=0),
+            "served_max": self._served_max(living),
             "dht_operations": self._since("operations", living, lambda peer: peer.dht_operations),
             "dht_calls": self._since("calls", living, lambda peer: peer.host.calls if peer.host else 0),
             "dht_bytes": self._since("bytes", living, lambda peer: peer.host.call_bytes if peer.host else 0),
         }
+        self._missed_before = self._missed.copy()
         self.report.rounds.append(row)
         if self._on_round:
             self._on_round(row)
@@ -318,19 +271,26 @@ class World:
         self._counts[what] = now
         return float(median(grown)) if grown else 0.0
 
+    def _served_max(self, living: list[SimPeer]) -> int:
+        """Most bytes of blobs that any peer gave others since the last round."""
+        before, now = self._served, {peer.id: peer.blobs.served_bytes for peer in living if peer.blobs}
+        self._served = now
+        return max((n - before.get(peer, 0) for peer, n in now.items() if n >= before.get(peer, 0)), default=0)
+
     def _drift(self, living: list[SimPeer]) -> float:
         """Standard deviation over replicas, averaged (root mean square) over parameters."""
         thetas = [p.replica.state.theta for p in living[:DRIFT_SAMPLE] if p.replica and p.replica.state]
         return float(np.sqrt(np.mean(np.var(np.stack(thetas), axis=0)))) if len(thetas) > 1 else 0.0
 
-    def _check_memory(self, living: list[SimPeer]) -> None:
-        for peer in living:
-            if peer.store and peer.store.used_bytes > QUOTA_BYTES:
-                self.watch.say(peer.id, f"{peer.store.used_bytes} bytes of blobs")
-            if peer.rpc and peer.rpc._total.buffered > peer.rpc.limits.buffered_bytes_total:
-                self.watch.say(peer.id, "requests hold more memory than allowed")
-            if peer.dht is not None and len(peer.dht.protocol.storage) > 4096:
-                self.watch.say(peer.id, "the DHT's storage holds more keys than allowed")
+    def _check_memory(self, peer: SimPeer) -> None:
+        if peer.store and peer.store.used_bytes > QUOTA_BYTES:
+            self.watch.say(peer.id, f"{peer.store.used_bytes} bytes of blobs")
+        if peer.rpc and peer.rpc.buffered_bytes > peer.rpc.limits.buffered_bytes_total:
+            self.watch.say(peer.id, f"{peer.rpc.buffered_bytes} bytes of requests")
+        if peer.dht is not None:
+            storage = peer.dht.protocol.storage
+            if len(storage) > MAX_KEYS or storage.total_bytes > MAX_BYTES:
+                self.watch.say(peer.id, f"{storage.total_bytes} bytes under {len(storage)} keys in the DHT's storage")
 
     def watch_records(self, peer: PeerId, storage: RecordStorage) -> None:
         """From now on every record that this storage takes must verify."""
@@ -358,18 +318,28 @@ class World:
                     for subkey, (value, expires_at) in held.value.items():
                         self._check_record(peer.id, key, subkey, value, expires_at)
 
-    def _survivors_missed(self) -> int:
-        """The most rounds that any peer did not apply, of those that lived on and that no fault struck."""
+    def _survivors_missed(self, done: Callable[[SimPeer], set[int]]) -> int:
+        """The most rounds that are not in `done`, of any peer that lived on and that no fault struck."""
         last = self.plan.rounds - 1
-        gaps = [
-            len(set(range(min(peer.applied), last + 1)) - peer.applied)
-            for peer in self.peers
-            if peer.alive and not peer.struck and peer.applied
-        ]
+        gaps = [len(set(range(self._first_round(peer), last + 1)) - done(peer)) for peer in self._survivors()]
         return max(gaps, default=0)
 
+    def _survivors(self) -> list[SimPeer]:
+        """Who was there long enough to have joined: three rounds, for those who arrived late."""
+        end = self._start_of(self.plan.rounds)
+        return [
+            peer
+            for peer in self.peers
+            if not peer.struck and not peer.left and (peer.applied or peer.born < end - 3 * self.plan.seconds)
+        ]
+
+    def _first_round(self, peer: SimPeer) -> int:
+        """From here on it is expected to take part."""
+        return min(peer.applied) if peer.applied else max(0, self.rules.clock.round_at(peer.born + EPOCH))
+
     async def _end(self) -> None:
-        self.report.survivors_missed = self._survivors_missed()
+        self.report.survivors_missed = self._survivors_missed(lambda peer: peer.applied)
+        self.report.survivors_sat_out = self._survivors_missed(lambda peer: peer.contributed)
         self.check_records()
         for peer in self.peers:
             if peer.alive:
@@ -378,7 +348,7 @@ class World:
                 peer.check_disk()
         await asyncio.sleep(1.0)
 
-    def _conclude(self, seconds: float) -> None:
+    def _conclude(self) -> Report:
         report, plan = self.report, self.plan
         rows = [row for row in report.rounds if row["loss"] is not None]
         report.missed = dict(sorted(self._missed.items()))
@@ -399,44 +369,84 @@ class World:
         )
         self._trace.update(msgspec.json.encode(report.rounds, order="deterministic"))
         report.trace = self._trace.hexdigest()
-        report.seconds = round(seconds, 2)
+        wall, cpu = self._began
+        report.seconds = round(time.perf_counter() - wall, 2)
+        report.cpu_seconds = round(time.process_time() - cpu, 2)
         report.peak_memory_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+        return report
 
     def _healed(self) -> float | None:
-        """Rounds from the last fault's end until all who applied a round held one state; None if never."""
-        ends = [f.round + f.at + f.rounds for f in self.plan.fault]
-        if not ends:
+        """Rounds from the last fault's end until the swarm is whole again, and stays so for two rounds; None if never.
+
+        Whole: nearly all apply a round and hold one state, or, in several groups, have drifted no farther than before.
+        """
+        faults = [fault for fault in self.plan.fault if fault.kind != "join"]
+        if not faults:
             return None
-        last = max(ends)
-        for row in self.report.rounds:
-            if row["round"] >= last and row["digests"] == 1:
+        first, last = min(f.round for f in faults), max(f.round + f.at + f.rounds for f in faults)
+        drift = max((row["drift"] for row in self.report.rounds[: max(1, first)]), default=0.0)
+
+        def whole(row: dict[str, Any]) -> bool:
+            together = row["digests"] == 1 if row["shards"] == 1 else row["drift"] <= 1.2 * drift
+            return bool(together and row["applied"] >= 0.9 * row["peers"])
+
+        after = [row for row in self.report.rounds if row["round"] >= last]
+        for row, following in zip(after, [*after[1:], after[-1]] if after else [], strict=True):
+            if whole(row) and whole(following):
                 return float(row["round"] - math.floor(last))
         return None
 
 
 def simulate(plan: Plan, on_round: OnRound | None = None, strict: bool = False) -> Report:
-    """Run a plan to its end. Blocking; leaves nothing behind. `strict` raises Violation at the first one."""
+    """Run a plan to its end. Blocking; leaves nothing behind. `strict` raises Violation at the first one.
+
+    Ctrl-C ends it early: the report has the rounds so far, and `interrupted` is set.
+    """
     quieten_hivemind()
     random.seed(plan.seed)  # hivemind draws from the global generator
     # Cycles are few, and looking for them among thousands of peers' objects took half of the time (`_measure`).
     gc.freeze()
     gc.disable()
-    root = Path(tempfile.mkdtemp(prefix="potluck-sim-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    root = _new_root()
+    worlds: list[World] = []
     try:
-        return run(lambda loop: _simulate(loop, plan, root, on_round, strict))
+        return run(lambda loop: _simulate(worlds, loop, plan, root, on_round, strict))
+    except KeyboardInterrupt:
+        if not worlds:
+            raise
+        return worlds[0].interrupted()
     finally:
         shutil.rmtree(root, ignore_errors=True)
         gc.enable()
         gc.unfreeze()
 
 
-async def _simulate(loop: VirtualLoop, plan: Plan, root: Path, on_round: OnRound | None, strict: bool) -> Report:
-    loop.set_exception_handler(_ignore_lost_tasks)
-    with HivemindInVirtualTime(lambda: EPOCH + loop.time()):
-        return await World(loop, plan, root, on_round, strict).run()
+def _new_root() -> Path:
+    """A folder for the peers' disks, in memory where possible. What killed simulations left is removed."""
+    where = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+    for old in where.glob(f"{_ROOT}-*"):
+        pid = old.name.split("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_ROOT}-{os.getpid()}-", dir=where))
 
 
-def _ignore_lost_tasks(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """hivemind loses tasks of searches that were cut short. Everything else is said."""
-    if "was destroyed but it is pending" not in context.get("message", ""):
-        loop.default_exception_handler(context)
+async def _simulate(
+    worlds: list[World], loop: VirtualLoop, plan: Plan, root: Path, on_round: OnRound | None, strict: bool
+) -> Report:
+    world = World(loop, plan, root, on_round, strict)
+    worlds.append(world)
+
+    def failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """hivemind loses tasks of searches that were cut short. Everything else is a bug."""
+        if "was destroyed but it is pending" not in context["message"]:
+            world.watch.say("the loop", f"{context['message']}: {context.get('exception')!r}")
+
+    loop.set_exception_handler(failed)
+    complaints, log = Complaints(world.watch), logging.getLogger("potluck")
+    log.addHandler(complaints)
+    try:
+        with HivemindInVirtualTime(lambda: EPOCH + loop.time()):
+            return await world.run()
+    finally:
+        log.removeHandler(complaints)

@@ -409,6 +409,8 @@ class GossipReplica:
             return after, distance, root_mean_square(theta - base)
 
         if present:
+            counted = {peer: view.commits[peer].blob for peer in present}
+            self._emit("swarm.contributions.counted", round=round_, blobs=counted)
             after, distance, length = await self._in_thread(step)
             self._check_sync(round_, distance, length, len(view.fragments))
             await self._become(after)

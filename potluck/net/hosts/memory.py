@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from hivemind.p2p import P2PContext, PeerID
@@ -26,17 +27,34 @@ HANDSHAKE_BYTES = 600
 #: Looks like any; peers are found by id.
 _ADDRESS = "/ip4/10.0.0.1/tcp/4001"
 DIAL_SECONDS = 10.0
+#: A host with more closes the oldest; p2pd does so at 512, down to something between 256 and 384.
+MAX_CONNECTIONS = 384
 
 Arrive = Callable[[], None]
 
 
 class Channel:
-    """What is sent on one channel arrives in order. `last` is when its latest bytes arrive, in loop time."""
+    """What is sent on one channel arrives in order. `last` is when its latest bytes arrive, in loop time.
+
+    `relay` forwards them, where the two cannot talk directly.
+    """
 
     last = 0.0
+    relay: PeerId | None = None
 
     def break_off(self) -> None:
-        """The network lost it: a stream is reset; other channels don't care."""
+        """The network lost it: a stream is reset, who waits for an answer hears so; a handshake doesn't care."""
+
+
+class _Question(Channel):
+    """A channel whose end is an error for who waits for `answer`."""
+
+    def __init__(self, answer: asyncio.Future[Any], reset: Exception) -> None:
+        self._answer, self._reset = answer, reset
+
+    def break_off(self) -> None:
+        if not self._answer.done():
+            self._answer.set_exception(self._reset)
 
 
 class Wire(Protocol):
@@ -51,6 +69,14 @@ class Wire(Protocol):
 
     def can_dial(self, source: PeerId, target: PeerId) -> bool:
         """Whether a connection can be opened now."""
+        ...
+
+    def up(self, peer: PeerId) -> None:
+        """A host of this peer runs now: it may relay for others."""
+        ...
+
+    def down(self, peer: PeerId) -> None:
+        """It is gone: it relays for nobody any more, and channels on which it had something to forward break off."""
         ...
 
 
@@ -93,8 +119,12 @@ class MemoryHost:
         self._connected: dict[PeerId, None] = {}
         self._dials: dict[PeerId, asyncio.Task[None]] = {}
         self._ends: dict[_End, None] = {}
-        self._serving: dict[asyncio.Task[Any], None] = {}
+        #: Open streams with each peer.
+        self._open: dict[PeerId, int] = {}
+        #: What runs for others, and how to tell a caller that it was cut off.
+        self._serving: dict[asyncio.Task[Any], Callable[[str], None] | None] = {}
         lan.hosts[peer] = self
+        lan.wire.up(peer)
 
     # --- unary calls, as hivemind's DHT makes them
 
@@ -121,7 +151,7 @@ class MemoryHost:
         target = PeerId(peer_id.to_base58())
         await self._dial(target)
         answer: asyncio.Future[bytes] = self._loop.create_future()
-        channel = Channel()
+        channel = _Question(answer, P2PHandlerError(f"{target}: connection reset"))
         request = input.SerializeToString()
         self.calls += 1
         self.call_bytes += len(request) + _CALL_OVERHEAD
@@ -129,7 +159,7 @@ class MemoryHost:
         def arrived() -> None:
             host = self._lan.hosts.get(target)
             if host is None or not host.alive:
-                return fail(f"{target}: connection reset")
+                return fail_there(f"{target}: connection reset")
             host._serve(self.peer, name, request, answered, fail_there)
 
         def answered(response: bytes) -> None:
@@ -169,7 +199,7 @@ class MemoryHost:
             else:
                 answered(response.SerializeToString())
 
-        self._spawn(serve())
+        self._spawn(serve(), fail)
 
     async def iterate_protobuf_handler(
         self, peer_id: Any, name: str, input: Any, output_protobuf_type: Any
@@ -187,7 +217,7 @@ class MemoryHost:
         target = PeerId(peer_id.to_base58())
         await self._dial(target)
         opened: asyncio.Future[_End] = self._loop.create_future()
-        channel = Channel()
+        channel = _Question(opened, NetworkError(f"{target}: connection reset"))
 
         def arrived() -> None:
             host = self._lan.hosts.get(target)
@@ -200,13 +230,15 @@ class MemoryHost:
             reader, writer = theirs.streams()
             info = StreamInfo(self.peer_id, _ADDRESS, handler_name)
             host._spawn(handler(info, reader, writer))
-            self._wire.send(target, self.peer, _CALL_OVERHEAD, lambda: accepted(ours), ours)
+            self._wire.send(target, self.peer, _CALL_OVERHEAD, lambda: accepted(ours), channel)
 
         def accepted(end: _End) -> None:
-            if not opened.done() and self.alive:
-                opened.set_result(end)
-            else:
+            if opened.done() or not self.alive:
                 end.abort()
+            elif end._lost:
+                channel.break_off()
+            else:
+                opened.set_result(end)
 
         def refused() -> None:
             if not opened.done():
@@ -273,6 +305,20 @@ class MemoryHost:
         if host is None or not host.alive:
             raise NetworkError(f"{target}: connection refused")
         self._connected[target] = host._connected[self.peer] = None
+        self._trim()
+        host._trim()
+
+    def _trim(self) -> None:
+        """Close the oldest connections without streams, if there are too many; the newest stays."""
+        excess = len(self._connected) - MAX_CONNECTIONS
+        if excess <= 0:
+            return
+        idle = (peer for peer in list(self._connected)[:-1] if peer not in self._open)
+        for peer in islice(idle, excess):
+            del self._connected[peer]
+            other = self._lan.hosts.get(peer)
+            if other is not None:
+                other._connected.pop(self.peer, None)
 
     # --- the end
 
@@ -287,8 +333,12 @@ class MemoryHost:
         self.alive = False
         if self._lan.hosts.get(self.peer) is self:
             del self._lan.hosts[self.peer]
+            self._wire.down(self.peer)
         for end in list(self._ends):
             end.abort()
+        for fail in self._serving.values():
+            if fail is not None:
+                fail(f"{self.peer}: connection reset")
         for task in [*self._serving, *self._dials.values()]:
             task.cancel()
         for peer in self._connected:
@@ -297,10 +347,15 @@ class MemoryHost:
                 other._connected.pop(self.peer, None)
         self._connected.clear()
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Any, fail: Callable[[str], None] | None = None) -> None:
         task = self._loop.create_task(work)
-        self._serving[task] = None
+        self._serving[task] = fail
         task.add_done_callback(lambda done: self._serving.pop(done, None))
+
+    def _closed_stream(self, peer: PeerId) -> None:
+        self._open[peer] -= 1
+        if not self._open[peer]:
+            del self._open[peer]
 
 
 def _resolver(future: asyncio.Future[None]) -> Arrive:
@@ -323,9 +378,10 @@ class _End(asyncio.Transport, Channel):
         self._protocol: Any = None
         self._under_way = 0
         self._paused_reading = self._paused_writing = False
-        self._closing = self._lost = False
+        self._closing = self._aborted = self._lost = False
         self._waiting: list[bytes | None] = []  # received while reading was paused; None is the end
         host._ends[self] = None
+        host._open[remote.peer] = host._open.get(remote.peer, 0) + 1
 
     def streams(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader = asyncio.StreamReader(loop=self._loop)
@@ -380,10 +436,14 @@ class _End(asyncio.Transport, Channel):
         self._loop.call_soon(self._lose, None)
 
     def break_off(self) -> None:
+        if self._aborted:  # what was lost may be the reset itself
+            self.other._lose(ConnectionResetError("the stream was reset"))
         self.abort()
 
     def abort(self) -> None:
-        self._closing = True
+        if self._aborted:
+            return
+        self._closing = self._aborted = True
         reset = ConnectionResetError("the stream was reset")
         self._send(40, lambda: self.other._lose(reset))
         self._loop.call_soon(self._lose, reset)
@@ -432,5 +492,6 @@ class _End(asyncio.Transport, Channel):
             return
         self._lost = self._closing = True
         self._host._ends.pop(self, None)
+        self._host._closed_stream(self._remote.peer)
         if self._protocol is not None:
             self._protocol.connection_lost(reason)

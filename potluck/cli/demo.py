@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 def demo(
     fast: Annotated[bool, typer.Option("--fast", help="A shorter run, at most 90 seconds.")] = False,
+    stages: Annotated[
+        int, typer.Option("--stages", min=1, max=4, help="Cut the model into so many stages, two peers to each.")
+    ] = 1,
     out: Annotated[Path | None, typer.Option("--out", help="Where to keep homes and the exported model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -36,7 +39,11 @@ def demo(
 
     Example:  potluck demo --fast
     """
-    from potluck.peer.demo import FAST, FULL, Demo
+    from potluck.peer.demo import FAST, FULL, Demo, of_stages
+
+    script = FAST if fast else FULL
+    if stages > 1:
+        script = of_stages(script, stages)
 
     out = (out or Path("demo-output")).absolute()
     live = not as_json and sys.stdout.isatty()
@@ -52,15 +59,15 @@ def demo(
     # The peers' homes lie in a short path of their own: unix sockets allow 107 characters.
     homes = Path(tempfile.mkdtemp(prefix="potluck-demo-"))
     try:
-        figures = asyncio.run(_run(homes, FAST if fast else FULL, Demo, say, live, lines))
-        sample = _export(homes, out)
+        figures = asyncio.run(_run(homes, script, Demo, say, live, lines))
+        sample = _export(homes, out) if stages == 1 else None
     except KeyboardInterrupt:
         print("demo interrupted; all its processes are gone", file=sys.stderr)
         raise
     finally:
         shutil.rmtree(homes, ignore_errors=True)
     if as_json:
-        print(json.dumps({**figures, "model": str(out / "model"), "sample": sample}))
+        print(json.dumps({**figures, "model": str(out / "model") if sample else None, "sample": sample}))
     else:
         _summary(out, figures, sample)
     if not (figures["recovered"] and figures["survived_organizer"]):
@@ -131,7 +138,7 @@ def _export(homes: Path, out: Path) -> str:
     return generate_text(module, manifest, "def ", 160, 0.7, seed=0)
 
 
-def _summary(out: Path, figures: dict[str, Any], sample: str) -> None:
+def _summary(out: Path, figures: dict[str, Any], sample: str | None) -> None:
     agree = (
         "bit-identical parameters after every round"
         if figures["digests_agree"]
@@ -144,5 +151,9 @@ def _summary(out: Path, figures: dict[str, Any], sample: str) -> None:
     print(f"traffic   {figures['bytes_per_param_per_round']:.3f} bytes received per parameter, round and peer")
     print(f"late join {figures['late_join_seconds']} s from its start to its first contribution")
     print(f"recovered {figures['recovered']}; survived the organizer: {figures['survived_organizer']}")
+    if sample is None:
+        twice = figures["microbatches_counted_twice"]
+        print(f"pipeline  {figures['stages']} stages, {figures['microbatches']} microbatches, {twice} counted twice")
+        return
     print(f"sample    {sample!r}")
     print(f"model     {out / 'model'}  (transformers.AutoModelForCausalLM.from_pretrained loads it)")

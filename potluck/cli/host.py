@@ -18,6 +18,7 @@ from potluck.cli.options import (
     NameOption,
     QuotaOption,
     RoundsOption,
+    StageOption,
     ThreadsOption,
     UploadOption,
 )
@@ -30,6 +31,7 @@ def host(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     data: DataOption = None,
+    stage: StageOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
     disk_quota: QuotaOption = "10GB",
@@ -54,6 +56,7 @@ def host(
         device=device,
         threads=threads,
         data=data,
+        stage=stage,
         listen=listen,
         announce=announce,
         disk_quota=disk_quota,

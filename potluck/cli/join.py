@@ -17,6 +17,7 @@ from potluck.cli.options import (
     NameOption,
     QuotaOption,
     RoundsOption,
+    StageOption,
     ThreadsOption,
     UploadOption,
 )
@@ -29,6 +30,7 @@ def join(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     data: DataOption = None,
+    stage: StageOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
     disk_quota: QuotaOption = "10GB",
@@ -52,6 +54,7 @@ def join(
         device=device,
         threads=threads,
         data=data,
+        stage=stage,
         listen=listen,
         announce=announce,
         disk_quota=disk_quota,

@@ -29,6 +29,10 @@ DataOption = Annotated[
     str | None,
     typer.Option("--data", help="Train on this source instead: python-stdlib, text:PATH or hf:NAME."),
 ]
+StageOption = Annotated[
+    int | None,
+    typer.Option("--stage", min=0, help="Of a pipeline: the stage to serve (default: where one more is missed most)."),
+]
 ListenOption = Annotated[
     list[str] | None,
     typer.Option("--listen", help="Multiaddr to listen on, e.g. /ip4/0.0.0.0/tcp/4001 (default: any free port)."),

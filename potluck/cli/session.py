@@ -36,6 +36,7 @@ def run_peer(
     device: str,
     threads: int | None,
     data: str | None,
+    stage: int | None,
     listen: list[str] | None,
     announce: list[str] | None,
     disk_quota: str,
@@ -71,7 +72,7 @@ def run_peer(
         upload=upload,
         nat_port_map=not loopback,
     )
-    settings = PeerSettings(name=name, device=device, threads=threads, data=data, network=network)
+    settings = PeerSettings(name=name, device=device, threads=threads, data=data, stage=stage, network=network)
     uvloop.run(_session(open_run, home or default_home(), settings, rounds, as_json))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 from potluck.cli.display import megabytes
 from potluck.cli.options import HomeOption, JsonOption, RunOption
@@ -28,6 +29,20 @@ def status(home: HomeOption = None, run: RunOption = None, as_json: JsonOption =
         print(json.dumps(answer) if as_json else _text(answer))
 
 
+def _pipeline(pipeline: Any) -> list[str]:
+    if not pipeline:
+        return []
+    stages = "  ".join(
+        f"{k}: {stage['replicas']} replicas" + ("" if stage["load"] is None else f", load {stage['load']:.2f}")
+        for k, stage in enumerate(pipeline["stages"])
+    )
+    return [
+        f"stages     {stages}; this peer serves {pipeline['module']}",
+        f"trained    {pipeline['microbatches']} microbatches, {pipeline['resends']} resent, "
+        f"{pipeline['thrown_away']} thrown away",
+    ]
+
+
 def _text(answer: dict[str, object]) -> str:
     if answer["phase"] == "not running":
         return f"run {str(answer['run'])[:8]}: {answer['detail']}"
@@ -42,6 +57,7 @@ def _text(answer: dict[str, object]) -> str:
         f"down {megabytes(float(str(answer['bytes_received'])))}",
         f"group      {len(answer['group'])} contributions last round"  # type: ignore[arg-type]
         + (", training ALONE" if answer["alone"] else ""),
+        *_pipeline(answer["pipeline"]),
         f"invite     potluck join '{answer['invite']}'",
     ]
     return "\n".join(lines)

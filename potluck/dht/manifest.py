@@ -225,6 +225,19 @@ class CodecPart(_Part):
     )
 
 
+class PipelinePart(_Part):
+    """With model.stages above 1: how microbatches travel through the stages."""
+
+    microbatch: int = Field(default=4, ge=1, le=4096, description="sequences that travel together")
+    activations: Literal["none", "int8"] = Field(
+        default="int8", description="activations and their gradients on the wire: none (float32) or int8"
+    )
+    in_flight: int = Field(default=4, ge=1, le=256, description="microbatches that a trainer has under way at once")
+    direct: bool = Field(
+        default=True, description="servers hand activations to each other; false sends each through the trainer"
+    )
+
+
 class AggregationPart(_Part):
     """How a group's contributions become one update."""
 
@@ -265,6 +278,9 @@ class ManifestDraft(_Part):
     data: DataPart = Field(description="what it is trained on")
     rounds: RoundsPart = Field(description="how replicas meet")
     training: TrainingPart = Field(description="local steps")
+    pipeline: PipelinePart = Field(
+        default_factory=PipelinePart, description="how microbatches travel, with model.stages above 1"
+    )
     codec: CodecPart = Field(default_factory=CodecPart, description="how contributions become bytes")
     aggregation: AggregationPart = Field(
         default_factory=AggregationPart, description="how a group's contributions become one update"

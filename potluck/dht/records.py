@@ -96,6 +96,8 @@ class Replica(Record, frozen=True, forbid_unknown_fields=True, kw_only=True):
     digest: Annotated[bytes, Meta(max_length=32)] | None = None
     #: Utilization or queue length, as the run's balancing defines it.
     load: NonNegative = 0.0
+    #: Samples per second that it can serve, as it measured.
+    throughput: NonNegative = 0.0
     #: Random, new with each start of the process: tells two processes of one identity apart.
     session: Annotated[bytes, Meta(min_length=16, max_length=16)]
     started: NonNegative

@@ -8,7 +8,7 @@ import torch
 
 from potluck.dht.manifest import Manifest
 from potluck.errors import ManifestError
-from potluck.peer.hardware import check_fits, choose_device, fit_micro_batch
+from potluck.peer.hardware import check_fits, choose_device, fit_micro_batch, free_memory
 from potluck.swarm.data import Corpus, OnProgress, load_corpus
 from potluck.swarm.layout import Layout
 from potluck.swarm.local import LocalTrainer
@@ -17,8 +17,12 @@ from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round, RoundClock
 from potluck.swarm.pull import MAX_OF_GROUP_SIZE
 from potluck.swarm.rounds import RoundRules
+from potluck.swarm.stage import Stage, stage_names, stage_parameters
+from potluck.swarm.stage_trainer import StageTrainer
 from potluck.swarm.state import ReplicaState
 
+#: Of the free memory, for graphs of microbatches that wait for their backward.
+CACHE_SHARE = 0.25
 #: The module of a data-parallel run: a pipeline of one stage.
 MODULE = "stage.0"
 
@@ -27,32 +31,43 @@ MODULE = "stage.0"
 class Parts:
     """What is built from a manifest before the first round."""
 
-    trainer: LocalTrainer
+    trainer: LocalTrainer | StageTrainer
     corpus: Corpus
     theta_0: ReplicaState
 
 
 def build(
     manifest: Manifest,
+    name: str,
     device: str,
     threads: int | None,
     data: str | None,
     own_manifest: bool,
     on_progress: OnProgress | None = None,
 ) -> Parts:
-    """Seconds of work. `data`: the volunteer's own source; `own_manifest`: it may name local files.
+    """Seconds of work, for the module `name`. `data`: the volunteer's own source; `own_manifest`: it may name files.
 
     Raises ManifestError, UserError (data) or HardwareError (device, memory).
     """
     if threads:
         torch.set_num_threads(threads)
     where = choose_device(device)
-    check_memory(manifest, where)
+    check_memory(manifest, where, name)
     corpus = load_corpus(manifest.data, data, own_manifest, on_progress)
-    module = build_module(manifest.model, MODULE)
+    module = build_module(manifest.model, name)
     check_vocabulary(corpus, module)
-    theta_0 = state_of(module, manifest)
+    theta_0 = state_of(module, manifest, name)
     training = manifest.training
+    if isinstance(module, Stage):
+        stage_trainer = StageTrainer(
+            module,
+            training,
+            where,
+            step_tokens=training.batch_size * manifest.data.sequence_length,
+            cache_bytes=int(CACHE_SHARE * free_memory(where)),
+            settle_seconds=min(2.0, max(0.2, 0.05 * manifest.rounds.seconds)),
+        )
+        return Parts(stage_trainer, corpus, theta_0)
     micro_batch = fit_micro_batch(training.batch_size, manifest.data.sequence_length, module, where, training.optimizer)
     return Parts(LocalTrainer(module, manifest.training, where, micro_batch=micro_batch), corpus, theta_0)
 
@@ -63,10 +78,12 @@ def initial_state(manifest: Manifest, device: str = "cpu") -> ReplicaState:
     return state_of(build_module(manifest.model, MODULE), manifest)
 
 
-def check_memory(manifest: Manifest, device: torch.device) -> None:
-    """Raises HardwareError before a model is built that does not fit."""
+def check_memory(manifest: Manifest, device: torch.device, name: str = MODULE) -> None:
+    """Raises HardwareError before a module is built that does not fit."""
     dense = 1 if manifest.codec.name == "sparse" else MAX_OF_GROUP_SIZE * manifest.rounds.group_size
-    check_fits(count_parameters(manifest.model), manifest.training.optimizer, dense, device)
+    spec = manifest.model
+    parameters = stage_parameters(spec)[stage_names(spec.stages).index(name)] if spec.stages > 1 else None
+    check_fits(parameters or count_parameters(spec), manifest.training.optimizer, dense, device)
 
 
 def check_vocabulary(corpus: Corpus, module: torch.nn.Module) -> None:
@@ -80,10 +97,10 @@ def check_vocabulary(corpus: Corpus, module: torch.nn.Module) -> None:
         )
 
 
-def state_of(module: torch.nn.Module, manifest: Manifest) -> ReplicaState:
+def state_of(module: torch.nn.Module, manifest: Manifest, name: str = MODULE) -> ReplicaState:
     layout = Layout.of_module(module)
     velocity = layout.zeros() if manifest.outer.momentum > 0 else None
-    state = ReplicaState(MODULE, layout, Round(0), layout.gather(module), velocity)
+    state = ReplicaState(name, layout, Round(0), layout.gather(module), velocity)
     _ = state.digest
     return state
 

@@ -8,16 +8,15 @@ peers' own events.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from potluck.dht.template import template_toml
 from potluck.peer.party import JOIN_SECONDS, Event, Member, Party, overhead_share
-from potluck.swarm.layout import Layout
-from potluck.swarm.model import build_module
+from potluck.swarm.model import count_parameters
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Script:
     after_late_join: int
     after_comeback: int
     without_organizer: int
+    stages: int = 1
 
     @property
     def total_steps(self) -> int:
@@ -41,6 +41,11 @@ class Script:
 
 FULL = Script(5.0, 1.6, 12, together=4, after_late_join=6, after_comeback=6, without_organizer=12)
 FAST = Script(4.0, 1.4, 8, together=1, after_late_join=2, after_comeback=1, without_organizer=3)
+
+
+def of_stages(script: Script, stages: int) -> Script:
+    """The same with a pipeline: two peers to a stage, so rounds that leave each some time."""
+    return replace(script, stages=stages, round_seconds=2 * script.round_seconds, exchange_seconds=2.5)
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,17 @@ class Demo:
         script, party = self.script, self.party
         manifest = self.root / "demo.toml"
         manifest.write_text(template_toml("demo", "demo", _settings(script)))
-        organizer = await party.start("organizer", "host", str(manifest))
+        organizer = await party.start("organizer", "host", str(manifest), *self._stage(0))
         invite = str(organizer.status["invite"])
-        workers = await asyncio.gather(*(party.start(f"worker-{i}", "join", invite) for i in (1, 2, 3)))
-        self.say("the organizer and three workers train together")
+        count = 3 if script.stages == 1 else 2 * script.stages - 1
+        workers = await asyncio.gather(
+            *(party.start(f"worker-{i}", "join", invite, *self._stage(i)) for i in range(1, count + 1))
+        )
+        self.say(f"the organizer and {count} workers train together")
 
         await self._rounds(script.together)
-        self.say("a fourth worker joins late")
-        late = await party.start("latecomer", "join", invite, wait=False)
+        self.say("another worker joins late")
+        late = await party.start("latecomer", "join", invite, wait=False)  # with stages, it finds its own
 
         await self._rounds(script.after_late_join)
         victim = workers[1]
@@ -102,6 +110,9 @@ class Demo:
         self.say("all have left")
         return Cast(organizer, victim, late, before, organizer.last["round"])
 
+    def _stage(self, number: int) -> list[str]:
+        return ["--stage", str(number % self.script.stages)] if self.script.stages > 1 else []
+
     async def _rounds(self, count: int) -> None:
         """Let so many rounds pass, and go into the next one's training.
 
@@ -116,12 +127,13 @@ class Demo:
 
     def _figures(self, cast: Cast) -> dict[str, Any]:
         rounds = [event for member in self.members for event in member.applied]
-        digests: dict[int, set[str]] = defaultdict(set)
+        digests: dict[tuple[int, str], set[str]] = defaultdict(set)
         losses: dict[int, list[float]] = defaultdict(list)
-        for event in rounds:
-            digests[event["round"]].add(event["digest"])
-            losses[event["round"]].append(event["loss"])
-        disagreeing = sorted(number for number, seen in digests.items() if len(seen) > 1)
+        for member in self.members:
+            for event in member.applied:
+                digests[event["round"], member.module].add(event["digest"])
+                losses[event["round"]].append(event["loss"])
+        disagreeing = sorted({number for (number, _), seen in digests.items() if len(seen) > 1})
         curve = [sum(values) / len(values) for _, values in sorted(losses.items())]
         first_late = _first_contribution(cast.late)
         outlived = [m for m in self.members if m.last.get("round", -1) > cast.organizer_died_at + 1]
@@ -140,16 +152,38 @@ class Demo:
             "rounds_disagreeing": disagreeing,
             "overhead_share": round(overhead_share(rounds), 4),
             "loss_curve": [round(value, 4) for value in curve],
+            **(self._pipeline() if self.script.stages > 1 else {}),
+        }
+
+    def _pipeline(self) -> dict[str, Any]:
+        trained = [e for m in self.members for e in m.events if e.get("event") == "swarm.pipeline.trained"]
+        counted: Counter[tuple[str, int, str]] = Counter()
+        for member in self.members:
+            for event in member.events:
+                if event.get("event") == "swarm.stage.counted":
+                    counted.update((event["module"], event["round"], id_) for id_ in event["ids"])
+        return {
+            "stages": self.script.stages,
+            "microbatches": sum(event["microbatches"] for event in trained),
+            "resends": sum(m.last_of("swarm.pipeline.trained").get("resends", 0) for m in self.members),
+            "thrown_away": sum(m.last_of("swarm.pipeline.trained").get("thrown_away", 0) for m in self.members),
+            "microbatches_counted_twice": sum(1 for times in counted.values() if times > 1),
         }
 
     def _parameters(self, member: Member) -> int:
         signed = member.folder.manifest()
         assert signed
-        return Layout.of_module(build_module(signed.manifest.model)).size
+        return count_parameters(signed.manifest.model)
 
 
 def _settings(script: Script) -> dict[str, Any]:
+    pipeline = {
+        "model.stages": script.stages,
+        "model.config.tie_word_embeddings": False,  # the embedding and the head lie on different peers
+        "pipeline.microbatch": 4,
+    }
     return {
+        **(pipeline if script.stages > 1 else {}),
         "rounds.seconds": script.round_seconds,
         "rounds.exchange_seconds": script.exchange_seconds,
         "rounds.steps": script.steps,

@@ -23,6 +23,8 @@ def load_model(folder: RunFolder) -> tuple[nn.Module, Manifest, int]:
     signed = folder.manifest()
     if signed is None:
         raise StateError(f"{folder.path} holds no manifest")
+    if signed.manifest.model.stages > 1:
+        raise UserError("this run's model lies on many peers, one stage each: exporting it is not available yet")
     module = build_module(signed.manifest.model)
     layout = Layout.of_module(module)
     saved = CheckpointStore(folder.checkpoints(MODULE), folder.run_id).latest(layout, MODULE)

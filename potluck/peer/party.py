@@ -61,6 +61,15 @@ class Member:
         rounds = self.applied
         return rounds[-1] if rounds else {}
 
+    def last_of(self, name: str) -> Event:
+        """Its latest event of this name; empty before the first."""
+        return next((event for event in reversed(self.events) if event.get("event") == name), {})
+
+    @property
+    def module(self) -> str:
+        """What it serves; in a pipeline a stage."""
+        return str(self.last_of("peer.stage.chosen").get("module", "stage.0"))
+
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.returncode is None

@@ -40,14 +40,17 @@ from potluck.peer.events import EventLog, Twentieths
 from potluck.peer.hardware import choose_device
 from potluck.peer.home import Home, RunFolder
 from potluck.peer.node import NetworkSettings, Node
+from potluck.peer.pipeline import Pipeline, choose_stage
 from potluck.swarm.checkpoints import CheckpointStore, CheckpointWriter
 from potluck.swarm.codecs import CODEC_NAMES, make_codec
-from potluck.swarm.data import assigned_offsets
+from potluck.swarm.data import Corpus, assigned_offsets
 from potluck.swarm.exchange import NetworkExchange
 from potluck.swarm.layout import Flat
 from potluck.swarm.phases import Round
 from potluck.swarm.presence import Presence, new_session
 from potluck.swarm.rounds import GossipReplica, RoundReport
+from potluck.swarm.stage import stage_names
+from potluck.swarm.stage_trainer import StageTrainer
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 from potluck.swarm.waits import WaitBoard
 
@@ -68,6 +71,7 @@ class PeerSettings:
     device: str = "auto"
     threads: int | None = None
     data: str | None = None
+    stage: int | None = None
     keep_checkpoints: int = 3
     on_event: Callable[[dict[str, Any]], None] | None = None
     network: NetworkSettings = field(default_factory=NetworkSettings)
@@ -101,15 +105,17 @@ class Peer:
         choose_device(self.settings.device)
         if folder := self._hosted(unsigned):
             return await self._take_part(folder, folder.manifest(), None)
-        theta_0 = await asyncio.to_thread(initial_state, unsigned, self.settings.device)
+        # Of a pipeline no single peer may be able to hold all stages: each is drawn from the seed where it is served.
+        whole = unsigned.model.stages == 1
+        theta_0 = await asyncio.to_thread(initial_state, unsigned, self.settings.device) if whole else None
         now = time.time()
         signed = sign_manifest(
             draft.finish(
                 self.identity.peer_id,
                 created=now,
                 genesis=round(now + start_in_seconds, 3),
-                initial_state=theta_0.digest,
-                initial_bytes=theta_0.ref.size,
+                initial_state=theta_0.digest if theta_0 else None,
+                initial_bytes=theta_0.ref.size if theta_0 else 0,
             ),
             self.identity,
         )
@@ -123,7 +129,7 @@ class Peer:
         for folder in self.home.runs():
             signed = folder.manifest()
             if signed and same_draft(signed.manifest, unsigned):
-                if any(folder.checkpoints(MODULE).glob("round-*")):
+                if _held(folder, signed.manifest):
                     return folder
                 with folder.locked():
                     folder.remove()
@@ -175,6 +181,8 @@ class Run:
         self._stopping = self._leaving = False
         self._parts: Parts | None = None
         self._directory: Directory | None = None
+        self.module = MODULE
+        self.pipeline: Pipeline | None = None
         self._checkpoints: CheckpointStore | None = None
         self._writer: CheckpointWriter | None = None
         self._presence: Presence | None = None
@@ -214,22 +222,55 @@ class Run:
         self.node.publish_manifest(self._signed)
         with self._phase("clock", "the clocks of connected peers", 6, "this machine's clock is taken as it is"):
             await self._check_clock(first=True)
-        with self._phase("building", "model and data to be built", 300, "it goes on: data may be large"):
-            self._parts = await asyncio.to_thread(self._build)
+        if self.manifest.model.stages == 1:
+            await self._build_parts()
         with self._phase("directory", "the run's directory", DIRECTORY_SECONDS, "the peer gives up"):
             try:
                 async with asyncio.timeout(DIRECTORY_SECONDS):
                     await self._enter_directory()
             except TimeoutError:
                 raise NetworkError(f"the run's directory did not open within {DIRECTORY_SECONDS:.0f} s") from None
+        if self._parts is None:
+            self.module = await self._choose_stage()
+            self.events.emit("peer.stage.chosen", module=self.module)
+            await self._build_parts()
+        assert self._parts
         self.replica = self._make_replica(self._parts)
+        if isinstance(self._parts.trainer, StageTrainer):
+            self.pipeline = self._make_pipeline(self._parts.trainer, self._parts.corpus)
         if self._leaving:
             self.replica.finish()
         self.phase = "training"
 
+    async def _build_parts(self) -> None:
+        with self._phase("building", "model and data to be built", 300, "it goes on: data may be large"):
+            self._parts = await asyncio.to_thread(self._build)
+
+    async def _choose_stage(self) -> str:
+        assert self._directory
+        held = _held(self.folder, self.manifest)
+        stages = self.manifest.model.stages
+        return await choose_stage(self._directory, self.identity.peer_id, stages, self.settings.stage, held)
+
+    def _make_pipeline(self, trainer: StageTrainer, corpus: Corpus) -> Pipeline:
+        assert self._directory and self._presence
+        return Pipeline(
+            rpc=self.node.rpc,
+            run_id=self.run_id,
+            manifest=self.manifest,
+            module=self.module,
+            trainer=trainer,
+            corpus=corpus,
+            directory=self._directory,
+            presence=self._presence,
+            now=self.clock.now,
+            emit=self.events.emit,
+        )
+
     def _build(self) -> Parts:
         return build(
             self.manifest,
+            self.module,
             self.settings.device,
             self.settings.threads,
             self.settings.data,
@@ -287,14 +328,14 @@ class Run:
         assert self._directory
         manifest = self.manifest
         self._checkpoints = CheckpointStore(
-            self.folder.checkpoints(MODULE), self.run_id, self.settings.keep_checkpoints
+            self.folder.checkpoints(self.module), self.run_id, self.settings.keep_checkpoints
         )
         self._writer = CheckpointWriter(
             self._checkpoints, lambda error: self.events.emit("peer.checkpoint.failed", error=str(error))
         )
         return GossipReplica(
             peer=self.identity.peer_id,
-            module=MODULE,
+            module=self.module,
             rules=rules_of(manifest),
             trainer=parts.trainer,
             codec=make_codec(manifest.codec.name, manifest.codec.parameters),
@@ -342,6 +383,8 @@ class Run:
             asyncio.create_task(self.node.until_daemon_fails()),
             asyncio.create_task(self._until_taken()),
         ]
+        if self.pipeline:
+            care.append(asyncio.create_task(self.pipeline.run()))
         training = asyncio.create_task(self.replica.run(start, None if genuine else self._download_theta_0))
         try:
             await asyncio.wait([training, *care], return_when=asyncio.FIRST_COMPLETED)
@@ -384,7 +427,7 @@ class Run:
         Unlike processors may draw unlike bits. Then the group's state, or theta_0 from another peer, takes its place.
         """
         assert self._checkpoints and self.replica
-        saved = await asyncio.to_thread(self._checkpoints.latest, parts.theta_0.layout, MODULE)
+        saved = await asyncio.to_thread(self._checkpoints.latest, parts.theta_0.layout, self.module)
         if saved:
             if self.replica.residual is not None and saved.residual is not None:
                 self.replica.residual[:] = saved.residual
@@ -413,7 +456,7 @@ class Run:
                 store=self.node.store,
                 on_progress=self._on_progress,
             )
-        return parse_state(fetched, MODULE, ours.layout, ours.velocity is not None)
+        return parse_state(fetched, self.module, ours.layout, ours.velocity is not None)
 
     def _batches(self, round_: Round) -> Iterator[torch.Tensor]:
         assert self._parts
@@ -492,6 +535,8 @@ class Run:
             "group": list(last.group) if last else [],
             "agree": last.agree if last else None,
             "clock_offset_seconds": self.clock.offset,
+            "module": self.module,
+            "pipeline": self.pipeline.status() if self.pipeline else None,
             **await self._network_status(),
         }
 
@@ -535,6 +580,8 @@ class Run:
         self.events.emit(name, **fields)
         if name == "swarm.round.applied" and self.replica and self.replica.last:
             self._reports.put_nowait(self.replica.last)
+            if self.pipeline:
+                self.pipeline.counted(fields["round"])
             if self._rounds_left is not None:
                 self._rounds_left -= 1
                 if self._rounds_left == 0:
@@ -551,6 +598,12 @@ class Run:
         self.events.emit("peer.phase", phase=phase, waiting_for=what, at_most_seconds=seconds)
         with self.waits.waiting(what, self.clock.now() + seconds, then):
             yield
+
+
+def _held(folder: RunFolder, manifest: Manifest) -> set[str]:
+    """Modules of which a checkpoint lies here."""
+    names = stage_names(manifest.model.stages)
+    return {name for name in names if any(folder.checkpoints(name).glob("round-*"))}
 
 
 __all__ = ["Peer", "PeerSettings", "Run"]

@@ -32,6 +32,8 @@ class Presence:
     ) -> None:
         self.session = session
         self.addresses: Sequence[str] = ()
+        #: Of the replica, as `Replica` defines them.
+        self.load = self.throughput = 0.0
         #: The round in which this process began: what our former self left in the directory is older.
         self.first_round = 0
         self.taken: asyncio.Future[IdentityError] = asyncio.get_running_loop().create_future()
@@ -50,6 +52,8 @@ class Presence:
             round=state.round,
             role=self._role,
             digest=bytes.fromhex(state.digest),
+            load=self.load,
+            throughput=self.throughput,
             session=self.session,
             started=self.started,
             addresses=list(self.addresses[:4]),

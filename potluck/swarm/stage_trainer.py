@@ -212,6 +212,8 @@ class StageTrainer:
         self._lengths: deque[float] = deque(maxlen=64)
         self._loss = math.log(max(2, int(stage.config.get_text_config().vocab_size)))
         self._first_step = self._steps = self._tokens = 0
+        #: Microbatches in the steps of the round's training, by now.
+        self.counted: list[bytes] = []
 
     # ---- from the event loop --------------------------------------------------------------------------------
 
@@ -272,6 +274,7 @@ class StageTrainer:
         """Work for others until `max_steps` are done or `may_start` says no. `batches` are the trainers' own."""
         began, before = time.monotonic(), self.loss
         self._first_step, self._steps, self._tokens = first_step, 0, 0
+        self.counted = []
         self._seen.clear()
         took = 0.0
         self.queue.open()
@@ -512,6 +515,7 @@ class StageTrainer:
         self._forget_graphs()
         self._steps += 1
         self._tokens += tokens
+        self.counted += sealed.counted
 
     def _settle(self, seconds: float) -> None:
         """The round's training ends: steps with all that is confirmed within `seconds`; the rest is thrown away."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -65,25 +66,42 @@ class _Microbatch:
 
 
 class PipelineTrainer:
-    """Sends microbatches through `stages` stages. `wirings[k]` holds the servers of stage k; keep them `update`d."""
+    """Sends microbatches through `stages` stages. `wirings[k]`: the servers of stage k; `update` them, by `now`."""
 
-    def __init__(self, rpc: Rpc, stages: int, shapes: Shapes, *, in_flight: int = 4, direct: bool = False) -> None:
+    def __init__(
+        self,
+        rpc: Rpc,
+        stages: int,
+        shapes: Shapes,
+        *,
+        in_flight: int = 4,
+        direct: bool = False,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._rpc, self._shapes, self._direct = rpc, shapes, direct
         self._names = stage_names(stages)
         self.wirings = [Wiring() for _ in self._names]
         self.stats = TrainerStats()
-        self._in_flight = in_flight
+        self._in_flight, self._utc = in_flight, now
         self._confirmations: defaultdict[tuple[str, PeerId], list[tuple[bytes, float]]] = defaultdict(list)
         self._confirming: asyncio.Task[None] | None = None
 
-    async def train(self, batches: Iterator[Tensor], may_start: Callable[[], bool]) -> float:
-        """Microbatches (B, T + 1) one after another, several under way, until `may_start` says no. Mean loss, nats."""
+    async def train(
+        self,
+        batches: Iterator[Tensor],
+        may_start: Callable[[], bool],
+        on_done: Callable[[float], None] = lambda seconds: None,
+    ) -> float:
+        """Microbatches (B, T + 1) one after another, several under way, until `may_start` says no. Mean loss, nats (not
+        a number if there was none). `on_done` hears the seconds that each took."""
         losses: list[float] = []
 
         async def worker() -> None:
             while may_start():
+                began = self._now()
                 try:
                     losses.append(await self.microbatch(next(batches)))
+                    on_done(self._now() - began)
                 except PipelineBroken:
                     await asyncio.sleep(0.1)
 
@@ -158,7 +176,7 @@ class PipelineTrainer:
                 return holder, await self._call(k, holder, "backward", one, head, grad)
             except RpcRemoteError as error:
                 if error.kind != "InputNeeded":
-                    self.wirings[k].failed(holder, self._now())
+                    self.wirings[k].failed(holder, self._utc())
             except NetworkError as error:
                 self._learn(k, holder, one, error)
             self.stats.resends += 1
@@ -172,13 +190,13 @@ class PipelineTrainer:
         why = "nobody serves it"
         failures = 0
         while failures < ATTEMPTS:
-            server = self.wirings[k].choose(one.size, self._now(), tried) or self.wirings[k].choose(
-                one.size, self._now()
+            server = self.wirings[k].choose(one.size, self._utc(), tried) or self.wirings[k].choose(
+                one.size, self._utc()
             )
             if server is None:
                 failures += 1
-                back = self.wirings[k].retry_at(self._now())
-                await asyncio.sleep(min(2.0, max(0.1, back - self._now())) if back else 1.0)
+                back = self.wirings[k].retry_at(self._utc())
+                await asyncio.sleep(min(2.0, max(0.1, back - self._utc())) if back else 1.0)
                 continue
             try:
                 return server, await self._call(k, server, method, one, head, body)
@@ -216,7 +234,7 @@ class PipelineTrainer:
         if isinstance(error, RpcTimeout):
             self.wirings[k].late(server, one.size, self._timeout(k, server, one))
         elif not isinstance(error, RpcRefused):
-            self.wirings[k].failed(server, self._now())
+            self.wirings[k].failed(server, self._utc())
 
     # ---- from server to server ------------------------------------------------------------------------------
 
@@ -224,7 +242,7 @@ class PipelineTrainer:
         """The whole way in one call; None if some server failed: then the microbatch begins anew, under a new id."""
         route: list[PeerId] = []
         for wiring in self.wirings:
-            server = wiring.choose(one.size, self._now())
+            server = wiring.choose(one.size, self._utc())
             if server is None:
                 return None
             route.append(server)
@@ -252,7 +270,7 @@ class PipelineTrainer:
         except NetworkError as error:
             failed = error if isinstance(error, StageFailed) else StageFailed.heard(error, 0)
             if failed.hop < len(route) and not isinstance(error, RpcRefused | RpcTimeout):
-                self.wirings[failed.hop].failed(route[failed.hop], self._now())
+                self.wirings[failed.hop].failed(route[failed.hop], self._utc())
             self.stats.resends += 1
             one.id = os.urandom(ID_BYTES)
             return None

@@ -7,6 +7,7 @@ that wrong by accident of the network). One lying peer among three cannot move t
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,18 +21,34 @@ REFUSED_SECONDS = 30.0
 METHOD = "clock.read"
 _SAMPLES = 3
 _PEERS = 8
+#: A clock that runs freely is off by a second after hours. Whoever sets it moves it against the monotonic one.
+CHECK_SECONDS = 300.0
+LOOK_SECONDS = 10.0
+_JUMP_SECONDS = 0.2
 
 
 class RunClock:
-    """`system`: UTC seconds as this machine has it."""
+    """`system`: UTC seconds as this machine has it. `monotonic`: seconds that nobody sets."""
 
-    def __init__(self, system: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, system: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
         self.offset = 0.0
-        self._system = system
+        self._system, self._monotonic = system, monotonic
+        self._checked_at, self._apart = -math.inf, system() - monotonic()
 
     def now(self) -> float:
         """UTC seconds by the run's clock."""
         return self._system() + self.offset
+
+    def is_due(self) -> bool:
+        """Whether to measure again: every five minutes, and when the system's clock was set. Look now and then."""
+        now = self._monotonic()
+        apart = self._system() - now
+        due = abs(apart - self._apart) > _JUMP_SECONDS or now - self._checked_at >= CHECK_SECONDS
+        if due:
+            self._apart, self._checked_at = apart, now
+        return due
 
     def serve(self, rpc: Rpc) -> None:
         async def read(peer: PeerId, head: dict[str, object], body: memoryview) -> Reply:
@@ -46,6 +63,7 @@ class RunClock:
         asked = peers[:_PEERS]
         measured = await asyncio.gather(*(self._offset_to(rpc, peer, timeout_seconds, samples) for peer in asked))
         offsets = [offset for offset in measured if offset is not None]
+        self._checked_at = self._monotonic() if offsets else -math.inf
         return statistics.median(offsets) if offsets else None
 
     def correct(self, measured: float) -> bool:

@@ -38,12 +38,12 @@ class Parts:
 
 def build(
     manifest: Manifest,
-    name: str,
     device: str,
     threads: int | None,
     data: str | None,
     own_manifest: bool,
     on_progress: OnProgress | None = None,
+    name: str = MODULE,
 ) -> Parts:
     """Seconds of work, for the module `name`. `data`: the volunteer's own source; `own_manifest`: it may name files.
 

@@ -31,7 +31,7 @@ from potluck.dht.manifest import sign as sign_manifest
 from potluck.dht.template import load_toml
 from potluck.errors import ClockError, ManifestError, NetworkError
 from potluck.net.blobs import BlobId, BlobRef
-from potluck.net.clock import SAID_SECONDS, RunClock
+from potluck.net.clock import LOOK_SECONDS, SAID_SECONDS, RunClock
 from potluck.net.fetch import fetch
 from potluck.net.identity import Identity
 from potluck.peer.build import MODULE, Parts, build, initial_state, outer_of, rules_of, same_draft
@@ -54,7 +54,6 @@ from potluck.swarm.stage_trainer import StageTrainer
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 from potluck.swarm.waits import WaitBoard
 
-CLOCK_CHECK_SECONDS = 30.0
 #: What a step or a fetch under way gets to end by itself when the peer is stopped.
 STOP_SECONDS = 1.0
 THETA_0_SECONDS = 300.0
@@ -270,12 +269,12 @@ class Run:
     def _build(self) -> Parts:
         return build(
             self.manifest,
-            self.module,
             self.settings.device,
             self.settings.threads,
             self.settings.data,
             own_manifest=self.manifest.organizer == self.identity.peer_id,
             on_progress=self._on_reading,
+            name=self.module,
         )
 
     async def _enter_directory(self) -> None:
@@ -493,7 +492,9 @@ class Run:
 
     async def _watch_clock(self) -> None:
         while True:
-            await asyncio.sleep(CLOCK_CHECK_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
+            if not self.clock.is_due():
+                continue
             try:
                 await self._check_clock()
             except (NetworkError, ClockError) as error:

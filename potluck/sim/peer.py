@@ -19,7 +19,7 @@ from potluck.dht.node import start_dht, stop_dht
 from potluck.dht.records import Record
 from potluck.errors import ClockError, PotluckError, StateError
 from potluck.net.blobs import BlobService, BlobStore
-from potluck.net.clock import RunClock
+from potluck.net.clock import LOOK_SECONDS, RunClock
 from potluck.net.host import PeerId
 from potluck.net.hosts.memory import MemoryHost
 from potluck.net.identity import Identity
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from potluck.sim.world import World
 
 QUOTA_BYTES = 64 * 2**20
-CLOCK_CHECK_SECONDS = 30.0
 #: A real lane looks after itself every few seconds; among thousands of peers that would be most of all events.
 LIMITS = RpcLimits(frame_timeout_seconds=120.0, stall_timeout_seconds=120.0, idle_timeout_seconds=90.0)
 
@@ -180,7 +179,7 @@ class SimPeer:
         world, plan = self.world, self.world.plan
         host = self.host = MemoryHost(world.lan, self.id)
         stack.push_async_callback(host.shutdown)
-        clock = RunClock(self.system_clock)
+        clock = RunClock(self.system_clock, world.loop.time)
         rpc = self.rpc = Rpc(host, LIMITS)
         await rpc.start()
         stack.push_async_callback(rpc.close)
@@ -293,7 +292,9 @@ class SimPeer:
 
     async def _watch_clock(self, clock: RunClock, rpc: Rpc, host: MemoryHost) -> None:
         while True:
-            await asyncio.sleep(max(CLOCK_CHECK_SECONDS, self.world.plan.seconds))
+            await asyncio.sleep(LOOK_SECONDS)
+            if not clock.is_due():
+                continue
             try:
                 connected = [PeerId(info.peer_id.to_base58()) for info in await host.list_peers()]
                 measured = await clock.measure(rpc, connected, samples=1)

@@ -36,8 +36,8 @@ def test_a_peer_whose_seed_gives_other_weights_downloads_theta_0(monkeypatch: py
     """Another PyTorch may draw other bits from the seed; here the organizer's are shifted on purpose."""
     ours = build.state_of
 
-    def shifted(module: object, manifest: object) -> object:
-        state = ours(module, manifest)  # type: ignore[arg-type]
+    def shifted(module: object, manifest: object, name: str = "stage.0") -> object:
+        state = ours(module, manifest, name)  # type: ignore[arg-type]
         other = dataclasses.replace(state, theta=state.theta + np.float32(0.5))
         _ = other.digest
         return other

@@ -111,14 +111,17 @@ def test_who_is_left_of_a_swarm_that_mostly_vanished_applies_the_next_round_but_
 
 
 def test_a_storm_of_joiners_contributes_within_three_rounds_and_donors_keep_their_cap() -> None:
-    cap = 0.2
-    lines = {"up_mbit": 20, "down_mbit": 100}
-    plan = small(peers=8, rounds=10, lines=lines, upload_cap_mbit=cap, parameters=4096)
-    report = run(plan.add("join", 3, count=24, rounds=1.0))
-    assert len(report.join_rounds) == 24 and statistics.median(report.join_rounds) <= 3
-    assert column(report, "contributed")[-1] == 32
-    # Nobody's blobs exceed the cap over a round and its burst of one second; what else a peer sends is not blobs.
-    assert max(column(report, "served_max")) <= cap * 125_000 * (plan.seconds + 1)  # type: ignore[type-var, operator]
+    def storm(cap_mbit: float) -> Report:
+        lines = {"up_mbit": 20, "down_mbit": 100}
+        plan = small(peers=6, rounds=6, lines=lines, codec="sparse", parameters=32768, dht="model")
+        plan.upload_cap_mbit = cap_mbit
+        return run(plan.add("join", 2, count=12, rounds=1.0))
+
+    free, capped = storm(10.0), storm(0.25)
+    assert len(capped.join_rounds) == 12 and statistics.median(capped.join_rounds) <= 3
+    assert column(capped, "contributed")[-1] == 18
+    most = 0.25 * 125_000 * (20 + 1)  # of a round, and the burst of one second
+    assert max(column(capped, "served_max")) <= most < max(column(free, "served_max"))  # type: ignore[operator, type-var]
 
 
 def test_wrong_clocks_are_corrected_within_a_few_rounds() -> None:

@@ -22,8 +22,8 @@ def simulate(
 ) -> None:
     """Run a plan: the real round, DHT and transfer code on a simulated network, thousands of peers in one process.
 
-    Writes an HTML report with plots, and JSON. The same plan and seed give the same run, byte for byte. Exit code 1
-    if an invariant was violated.
+    Writes an HTML report with plots, and JSON, named after the plan. The same plan and seed give the same run, byte for
+    byte. --peers and --rounds leave the faults as they are. Exit code 1 if an invariant was violated.
 
     Example:  potluck simulate docs/plans/blackout.toml --peers 100
     """
@@ -45,8 +45,10 @@ def simulate(
         ["potluck simulate", text, *(f"--{name} {value}" for name, value in changed.items() if value is not None)]
     )
     page, _ = write(report, out)
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
     if as_json:
-        print(msgspec.json.encode(figures(report)).decode())
+        print(msgspec.json.encode({**figures(report), "report": str(page)}).decode())
     else:
         for name, value in figures(report).items():
             print(f"{name:36} {value}")

@@ -134,7 +134,7 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
     _senders: TokenBuckets
     _answers: OrderedDict[DHTID, bytes]
     _probed: dict[int, float]
-    _tasks: set[asyncio.Task[None]]
+    _tasks: dict[asyncio.Task[None], None]
 
     @classmethod
     async def open(
@@ -164,7 +164,7 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
         )
         self._namespace = f"potluck/{validator.run_id}"
         self._senders = TokenBuckets(SENDER_BURST, SENDER_PER_SECOND, validator.clock)
-        self._answers, self._probed, self._tasks = OrderedDict(), {}, set()
+        self._answers, self._probed, self._tasks = OrderedDict(), {}, {}
         self.storage = RecordStorage(node_id, validator.clock, validator.rejected)
         # Reads are always `latest` and end up in `storage`: the second cache stays empty.
         self.cache = RecordStorage(node_id, validator.clock, validator.rejected, max_keys=0)
@@ -369,8 +369,8 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
 
     def _background(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
 
     def nearest_known(self, key: DHTID, count: int) -> dict[DHTID, PeerID]:
         """Of the nodes that we know those nearest to a key, nearest first."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -233,25 +233,29 @@ class _Fetch:
             ]
             asked = False
             for holder in sorted(usable, key=lambda each: each.in_flight):
-                index = self._waiting.popleft() if self._waiting else self._slow_index(holder, now)
-                if index is not None:
-                    self._begin(holder, index, now)
-                    asked = True
+                index = None
+                if self._waiting:
+                    index = self._waiting.popleft()
+                elif not holder.in_flight:
+                    index = self._slow_index(now)
+                if index is None:
+                    break  # idle holders come first: for the others there is nothing either
+                self._begin(holder, index, now)
+                asked = True
             if not asked:
                 return
 
-    def _slow_index(self, holder: _Holder, now: float) -> int | None:
+    def _slow_index(self, now: float) -> int | None:
         """The endgame: what an idle holder could deliver before the one that was asked."""
-        if holder.in_flight:
-            return None
         patience = self._patience_seconds()
-        asked: dict[int, list[_Request]] = {}
-        for request in self.requests.values():
-            asked.setdefault(request.index, []).append(request)
-        for index, requests in asked.items():
-            if len(requests) == 1 and now - requests[0].started_at >= patience:
-                return index
+        for request in self._asked_once():
+            if now - request.started_at >= patience:
+                return request.index
         return None
+
+    def _asked_once(self) -> list[_Request]:
+        counts = Counter(request.index for request in self.requests.values())
+        return [request for request in self.requests.values() if counts[request.index] == 1]
 
     def _patience_seconds(self) -> float:
         if not self._answers:
@@ -260,12 +264,11 @@ class _Fetch:
 
     def _wake_at(self, now: float) -> float:
         """When something can be decided though no request has ended."""
-        times = [self._deadline]
-        for holder in self._holders:
-            if not holder.dropped and holder.retry_at > now:
-                times.append(holder.retry_at)
-            elif not holder.dropped and not holder.in_flight and self.requests:
-                times.append(now + _SLOW_MIN_SECONDS)
+        usable = [holder for holder in self._holders if not holder.dropped]
+        times = [self._deadline, *(holder.retry_at for holder in usable if holder.retry_at > now)]
+        if any(holder.retry_at <= now and not holder.in_flight for holder in usable):
+            patience = self._patience_seconds()
+            times += [request.started_at + patience for request in self._asked_once()]
         return max(now, min(times))
 
     # --- one request

@@ -560,7 +560,7 @@ class _ServerLane(_Lane):
             self.rpc._release(self.peer, call.buffered)
 
     def _on_closed(self) -> None:
-        self.rpc._server_lanes.discard(self)
+        self.rpc._server_lanes.pop(self, None)
         for call_id, call in list(self._served.items()):
             if call.task is None:
                 self._release(call_id, call)
@@ -590,12 +590,13 @@ class Rpc:
         self._on_traffic = on_traffic
         self._methods: dict[str, _Method] = {}
         self._lanes: dict[tuple[PeerId, LaneName], asyncio.Task[_CallerLane]] = {}
-        self._server_lanes: set[_ServerLane] = set()
+        #: Dictionaries, because sets have another order in every process, and a replayed run is the same run.
+        self._server_lanes: dict[_ServerLane, None] = {}
         #: Streams that have not said hello yet count, too.
         self._greeting: list[PeerId] = []
         self._total = _Load()
         self._loads: dict[PeerId, _Load] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], None] = {}
         self._failed_methods: set[tuple[str, str]] = set()
         self._closed = False
 
@@ -727,7 +728,7 @@ class Rpc:
         writer.write(HELLO)
         lane = _ServerLane(self, peer, writer)
         if lane.closed is None:
-            self._server_lanes.add(lane)
+            self._server_lanes[lane] = None
 
     # --- serving
 
@@ -815,12 +816,12 @@ class Rpc:
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._reap)
         return task
 
     def _reap(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, RpcClosed):
             log.error("net.rpc.task_failed", exc_info=error)
 

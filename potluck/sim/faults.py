@@ -45,14 +45,22 @@ class Faults:
             victim.struck = True
             self._hit(victim, fault, dice)
 
+    def _note(self, fault: Fault, what: str) -> None:
+        self._world.report.notes.append(f"round {fault.round}: {fault.kind} {what}")
+
     def _victims(self, fault: Fault, dice: random.Random) -> list[SimPeer]:
         if fault.peer is not None:
-            return [self._world.peers[fault.peer]] if fault.peer < len(self._world.peers) else []
+            if fault.peer >= len(self._world.peers):
+                self._note(fault, f"strikes nobody: there is no peer {fault.peer}")
+                return []
+            return [self._world.peers[fault.peer]]
         if fault.kind == "restart":
             candidates = [peer for peer in self._world.peers if not peer.alive]
         else:
             candidates = [peer for peer in self._world.peers if peer.alive]
         count = fault.count or round((fault.share or 0.0) * len(candidates))
+        if count > len(candidates):
+            self._note(fault, f"strikes {len(candidates)}, not {count}: there are no more")
         return sorted(dice.sample(candidates, min(count, len(candidates))), key=lambda peer: peer.number)
 
     def _hit(self, peer: SimPeer, fault: Fault, dice: random.Random) -> None:

@@ -33,6 +33,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self._now = 0.0
+        self._interrupted = False
         #: asyncio's own heap compares handles in Python, and its loop asks the kernel for sockets each time.
         self._timers: list[tuple[float, int, Any]] = []
         self._numbers = itertools.count()
@@ -96,10 +97,17 @@ class VirtualLoop(asyncio.BaseEventLoop):
             heapq.heapify(self._timers)
             self._cancelled = 0
 
+    def interrupt(self) -> None:
+        """From a signal handler: KeyboardInterrupt comes between two events, and into none of their tasks."""
+        self._interrupted = True
+
     def _write_to_self(self) -> None:
         """There is no other thread that could wait to be heard."""
 
     def _run_once(self) -> None:
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
         todo, timers = self._todo, self._timers
         if not todo and not cast(Any, self)._stopping:
             while timers and timers[0][2]._cancelled:

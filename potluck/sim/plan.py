@@ -145,7 +145,10 @@ class Plan(BaseModel):
         most = self.peers + sum(fault.count or 0 for fault in self.fault if fault.kind == "join")
         for number, fault in enumerate(self.fault):
             if fault.round >= self.rounds:
-                raise ValueError(f"fault {number} strikes in round {fault.round}, after the last ({self.rounds - 1})")
+                raise ValueError(
+                    f"fault {number} ({fault.kind}) strikes in round {fault.round}, after the last: "
+                    f"rounds (or --rounds) must be at least {fault.round + 1}"
+                )
             if fault.peer is not None and fault.peer >= most and not self.churn.arrivals_per_round:
                 raise ValueError(f"fault {number} strikes peer {fault.peer}; the last is {most - 1}")
         return self
@@ -166,8 +169,9 @@ class Plan(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'plan'}: {e['msg']}" for e in error.errors())
-            raise UserError(f"{where}: {wrong}") from None
+            raise UserError(
+                f"{where}: {'; '.join(_told(e['loc'], e['type'], e['msg']) for e in error.errors())}"
+            ) from None
 
     # ---- what goes wrong ------------------------------------------------------------------------------------
 
@@ -195,6 +199,13 @@ class Plan(BaseModel):
     def heal(self, round: int, **fields: Any) -> Self:
         return self.add("heal", round, **fields)
 
+    def join(self, count: int, round: int, **fields: Any) -> Self:
+        """Newcomers, over `rounds`."""
+        return self.add("join", round, count=count, **fields)
+
+    def organizer_dies(self, round: int, **fields: Any) -> Self:
+        return self.add("organizer_dies", round, **fields)
+
     def lie(self, peer: int, round: int, lie: Lie = "sign", **fields: Any) -> Self:
         return self.add("lie", round, peer=peer, lie=lie, **fields)
 
@@ -203,6 +214,16 @@ class Plan(BaseModel):
 
     def disk_full(self, peer: int, round: int, **fields: Any) -> Self:
         return self.add("disk_full", round, peer=peer, **fields)
+
+
+def _told(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    name = ".".join(map(str, location))
+    if kind == "extra_forbidden":
+        return f"{name}: no such setting"
+    if name == "fault" and kind == "list_type":
+        return "fault: each fault is a table of its own, [[fault]]"
+    message = message.removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message
 
 
 def random_plan(seed: int) -> Plan:

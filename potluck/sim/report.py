@@ -40,6 +40,8 @@ class Report:
     survivors_missed: int = 0
     survivors_sat_out: int = 0
     interrupted: bool = False
+    #: What the plan asked for and could not be done.
+    notes: list[str] = field(default_factory=list)
     loss_start: float = math.nan
     loss_end: float = math.nan
     bytes_per_peer_per_round: float = 0.0
@@ -89,6 +91,8 @@ def figures(report: Report) -> dict[str, Any]:
         "cpu_seconds": report.cpu_seconds,
         "peak_memory_mb": report.peak_memory_mb,
         "interrupted": report.interrupted,
+        "notes": report.notes,
+        "replay": report.replay,
     }
 
 

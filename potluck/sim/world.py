@@ -15,10 +15,12 @@ import os
 import random
 import resource
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -92,6 +94,7 @@ class World:
         self.peers: list[SimPeer] = []
         self.report = Report(plan=plan.model_dump(mode="json"))
         self._on_round = on_round
+        self._root_name = str(root).encode()
         self._trace = hashlib.blake2b(digest_size=16)
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._applied: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -134,7 +137,7 @@ class World:
 
     def event(self, peer: SimPeer, name: str, fields: dict[str, Any]) -> None:
         line = msgspec.json.encode([round(self.loop.time(), 9), peer.number, name, fields], order="deterministic")
-        self._trace.update(line)
+        self._trace.update(line.replace(self._root_name, b""))
         self.report.events += 1
         self.watch.event(peer.id, name, fields)
         match name:
@@ -388,7 +391,7 @@ class World:
 
         def whole(row: dict[str, Any]) -> bool:
             together = row["digests"] == 1 if row["shards"] == 1 else row["drift"] <= 1.2 * drift
-            return bool(together and row["applied"] >= 0.9 * row["peers"])
+            return bool(together and row["peers"] > 0 and row["applied"] >= 0.9 * row["peers"])
 
         after = [row for row in self.report.rounds if row["round"] >= last]
         for row, following in zip(after, [*after[1:], after[-1]] if after else [], strict=True):
@@ -402,6 +405,7 @@ def simulate(plan: Plan, on_round: OnRound | None = None, strict: bool = False) 
 
     Ctrl-C ends it early: the report has the rounds so far, and `interrupted` is set.
     """
+    plan = Plan.of(plan.model_dump())
     quieten_hivemind()
     random.seed(plan.seed)  # hivemind draws from the global generator
     # Cycles are few, and looking for them among thousands of peers' objects took half of the time (`_measure`).
@@ -409,6 +413,7 @@ def simulate(plan: Plan, on_round: OnRound | None = None, strict: bool = False) 
     gc.disable()
     root = _new_root()
     worlds: list[World] = []
+    handler = signal.getsignal(signal.SIGINT)
     try:
         return run(lambda loop: _simulate(worlds, loop, plan, root, on_round, strict))
     except KeyboardInterrupt:
@@ -416,6 +421,8 @@ def simulate(plan: Plan, on_round: OnRound | None = None, strict: bool = False) 
             raise
         return worlds[0].interrupted()
     finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, handler)
         shutil.rmtree(root, ignore_errors=True)
         gc.enable()
         gc.unfreeze()
@@ -436,6 +443,8 @@ async def _simulate(
 ) -> Report:
     world = World(loop, plan, root, on_round, strict)
     worlds.append(world)
+    with suppress(ValueError):  # not in the main thread: nobody's Ctrl-C comes here
+        signal.signal(signal.SIGINT, lambda *_: loop.interrupt())
 
     def failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """hivemind loses tasks of searches that were cut short. Everything else is a bug."""

@@ -52,13 +52,17 @@ def test_without_faults_everybody_contributes_and_all_hold_one_state() -> None:
 
 def test_the_same_seed_is_the_same_run_in_any_process_and_another_is_another() -> None:
     code = (
-        "from potluck.sim.plan import random_plan; from potluck.sim.world import simulate\n"
-        "print(simulate(random_plan({seed})).trace)"
+        "from potluck.sim.plan import Plan; from potluck.sim.world import simulate\n"
+        "plan = Plan(peers=8, rounds=5, seconds=20, exchange_seconds=6, steps=5, step_seconds=2, parameters=64)\n"
+        "churn = {{'arrivals_per_round': 2, 'session_rounds': 2}}\n"
+        "fields = plan.disk_full(peer=1, round=1).model_dump() | {{'churn': churn, 'seed': {seed}, 'dht': 'model'}}\n"
+        "_ = ['memory lies elsewhere'] * {size}\n"
+        "print(simulate(Plan.of(fields)).trace)"
     )
 
     def trace(seed: int, hash_seed: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-c", code.format(seed=seed)],
+            [sys.executable, "-c", code.format(seed=seed, size=997 * int(hash_seed))],
             env={**os.environ, "PYTHONHASHSEED": hash_seed},
             capture_output=True,
             text=True,
@@ -223,13 +227,14 @@ def test_the_ready_plans_are_valid(path: Path) -> None:
     ("text", "says"),
     [
         ("peers = 0", "peers"),
-        ("pears = 3", "pears"),
+        ("pears = 3", "pears: no such setting"),
         ('[[fault]]\nkind = "crash"\nround = 1', "one of peer, count and share"),
         ('[[fault]]\nkind = "melt"\nround = 1\npeer = 1', "fault.0.kind"),
         ("exchange_seconds = 40", "less than half"),
         ("peers = ", "Invalid value"),
+        ("[fault]", "a table of its own"),
         ('codec = "zip"', "codec zip"),
-        ('[[fault]]\nkind = "crash"\nround = 10\npeer = 1', "after the last"),
+        ('[[fault]]\nkind = "crash"\nround = 10\npeer = 1', "at least 11"),
         ('[[fault]]\nkind = "crash"\nround = 1\npeer = 77', "peer 77; the last is 9"),
         ('[[fault]]\nkind = "heal"\nround = 1\nrounds = 3', "takes no rounds"),
     ],

@@ -8,7 +8,7 @@
     ├── NetworkError                      6    nobody reachable, bootstrap failed, port in use
     │   ├── DaemonError                   6    the libp2p daemon did not start, or died
     │   ├── RpcError                      6    a call to one peer failed
-    │   │   ├── RpcTimeout                     its deadline passed
+    │   │   ├── RpcTimeout                     its deadline passed (RpcUnreached: before there was a stream)
     │   │   ├── RpcRefused                     the other side is busy: retry after `retry_after_seconds`
     │   │   ├── RpcRemoteError                 the handler there raised; `kind` is its name there
     │   │   └── RpcClosed                      the stream broke before the answer
@@ -61,6 +61,10 @@ class RpcError(NetworkError):
 
 class RpcTimeout(RpcError):
     pass
+
+
+class RpcUnreached(RpcTimeout):
+    """No stream to the other side came about before the deadline."""
 
 
 class RpcRefused(RpcError):

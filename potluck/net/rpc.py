@@ -30,6 +30,7 @@ from potluck.errors import (
     RpcRefused,
     RpcRemoteError,
     RpcTimeout,
+    RpcUnreached,
 )
 from potluck.net.host import Host, PeerId
 from potluck.net.wire import MAX_HEAD_BYTES, Buffer, Frame, FrameReader, Kind, encode
@@ -657,7 +658,7 @@ class Rpc:
                 async with asyncio.timeout_at(deadline):
                     open_lane = await self._lane(peer, lane)
             except TimeoutError as error:
-                raise RpcTimeout(f"{method} to {short(peer)}: no stream before the deadline") from error
+                raise RpcUnreached(f"{method} to {short(peer)}: no stream before the deadline") from error
             except RpcClosed as error:
                 raise RpcClosed(f"{method} to {short(peer)}: {error}") from error
         return await open_lane.call(method, head, body, deadline, limit, into)

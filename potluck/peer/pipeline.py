@@ -171,7 +171,9 @@ class Pipeline:
 
     async def _train(self, round_: Round, until: float) -> float | None:
         try:
-            loss = await self.driver.train(self._batches(round_), lambda: self._may_start(until), self._learn)
+            loss = await self.driver.train(
+                self._batches(round_), lambda: self._may_start(until), self._learn, max(0.1, until - self._now())
+            )
         except NetworkError as error:
             self._emit("swarm.pipeline.failed", round=round_, error=str(error))
             return None

@@ -49,7 +49,7 @@ from potluck.swarm.layout import Flat
 from potluck.swarm.phases import Round
 from potluck.swarm.presence import Presence, new_session
 from potluck.swarm.rounds import GossipReplica, RoundReport
-from potluck.swarm.stage import stage_names
+from potluck.swarm.stage import stage_names, stage_parameters
 from potluck.swarm.stage_trainer import StageTrainer
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 from potluck.swarm.waits import WaitBoard
@@ -106,6 +106,8 @@ class Peer:
             return await self._take_part(folder, folder.manifest(), None)
         # Of a pipeline no single peer may be able to hold all stages: each is drawn from the seed where it is served.
         whole = unsigned.model.stages == 1
+        if not whole:
+            await asyncio.to_thread(stage_parameters, unsigned.model)  # refuses what cannot be cut
         theta_0 = await asyncio.to_thread(initial_state, unsigned, self.settings.device) if whole else None
         now = time.time()
         signed = sign_manifest(

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from potluck.errors import NetworkError, RpcRefused, RpcRemoteError, RpcTimeout
+from potluck.errors import NetworkError, RpcRefused, RpcRemoteError, RpcTimeout, RpcUnreached
 from potluck.net.host import PeerId
 from potluck.net.rpc import Reply, Rpc
 from potluck.net.wire import Buffer
@@ -91,9 +91,10 @@ class PipelineTrainer:
         batches: Iterator[Tensor],
         may_start: Callable[[], bool],
         on_done: Callable[[float], None] = lambda seconds: None,
+        timeout_seconds: float | None = None,
     ) -> float:
         """Microbatches (B, T + 1) one after another, several under way, until `may_start` says no. Mean loss, nats (not
-        a number if there was none). `on_done` hears the seconds that each took."""
+        a number if there was none). `on_done` hears the seconds that each took; the timeout ends those under way."""
         losses: list[float] = []
 
         async def worker() -> None:
@@ -105,9 +106,12 @@ class PipelineTrainer:
                 except PipelineBroken:
                     await asyncio.sleep(0.1)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self._in_flight):
-                group.create_task(worker())
+        try:
+            async with asyncio.timeout(timeout_seconds), asyncio.TaskGroup() as group:
+                for _ in range(self._in_flight):
+                    group.create_task(worker())
+        except TimeoutError:
+            pass  # what was still on its way is thrown away: nobody confirms it
         await self.flush()
         return sum(losses) / len(losses) if losses else float("nan")
 
@@ -231,7 +235,7 @@ class PipelineTrainer:
         return min(max(expected, LEAST_TIMEOUT_SECONDS), MOST_TIMEOUT_SECONDS)
 
     def _learn(self, k: int, server: PeerId, one: _Microbatch, error: NetworkError) -> None:
-        if isinstance(error, RpcTimeout):
+        if isinstance(error, RpcTimeout) and not isinstance(error, RpcUnreached):
             self.wirings[k].late(server, one.size, self._timeout(k, server, one))
         elif not isinstance(error, RpcRefused):
             self.wirings[k].failed(server, self._utc())

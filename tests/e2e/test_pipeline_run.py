@@ -1,0 +1,73 @@
+"""A run whose model is cut into stages, on real peers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from potluck.peer.control import ask
+from potluck.peer.party import Member, Party
+
+from real import potluck, run_party, short_folder, write_manifest
+
+pytestmark = pytest.mark.slow
+
+STAGES: dict[str, Any] = {
+    "model__stages": 2,
+    "model__config__tie_word_embeddings": False,
+    "pipeline__microbatch": 2,
+    "rounds__seconds": 6.0,
+    "rounds__exchange_seconds": 2.0,
+}
+
+
+def trained(member: Member) -> int:
+    return sum(e["microbatches"] for e in member.events if e.get("event") == "swarm.pipeline.trained")
+
+
+def test_two_stages_of_two_peers_train_and_a_killed_one_comes_back_to_its_stage() -> None:
+    async def body(party: Party) -> None:
+        manifest = write_manifest(party.root, **STAGES)
+        organizer = await party.start("org", "host", str(manifest), "--stage", "0")
+        invite = str(organizer.status["invite"])
+        others = await asyncio.gather(*(party.start(f"w{i}", "join", invite, "--stage", str(i % 2)) for i in (1, 2, 3)))
+        members = [organizer, *others]
+        await party.until("everybody to train", lambda: all(trained(m) >= 4 for m in members), 180)
+        status = await ask(organizer.folder.control_socket, "status")
+        assert [stage["replicas"] for stage in status["pipeline"]["stages"]] == [2, 2]
+        assert status["module"] == "stage.0"
+
+        victim = others[0]
+        await party.kill(victim)
+        before = {m.name: trained(m) for m in members}
+        await party.restart(victim, "join", invite)  # not told which: it has a checkpoint of stage.1
+        await party.until("all to go on", lambda: all(trained(m) > before[m.name] + 2 for m in members), 180)
+        assert victim.module == "stage.1"
+        await party.until(
+            "the group to be whole", lambda: any(len(m.last["group"]) == 2 for m in (victim, others[2])), 120
+        )
+        await party.leave_all(members)
+
+        counted: Counter[tuple[str, int, str]] = Counter()
+        for member in members:
+            for event in member.events:
+                if event.get("event") == "swarm.stage.counted":
+                    counted.update((event["module"], event["round"], id_) for id_ in event["ids"])
+        assert counted and max(counted.values()) == 1
+        losses = [event["loss"] for event in organizer.applied]
+        assert losses[-1] < losses[0] - 0.3
+
+    run_party(body)
+
+
+def test_what_cannot_be_cut_is_refused_with_the_setting_and_the_fix() -> None:
+    with short_folder() as folder:
+        manifest = write_manifest(folder, model__stages=2, model__config__tie_word_embeddings=True)
+        done = potluck("host", str(manifest), "--home", str(folder / "h"), "--loopback")
+        assert done.returncode == 4 and "tie_word_embeddings" in done.stderr
+        manifest = write_manifest(folder, **STAGES)
+        done = potluck("host", str(manifest), "--home", str(folder / "h"), "--loopback", "--stage", "2")
+        assert done.returncode == 2 and "--stage 2" in done.stderr and "0 to 1" in done.stderr

@@ -135,6 +135,8 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
     _answers: OrderedDict[DHTID, bytes]
     _probed: dict[int, float]
     _tasks: dict[asyncio.Task[None], None]
+    #: By key and count: many ask for the same key, and the routing table rarely changes.
+    _nearest: dict[tuple[DHTID, int], dict[DHTID, PeerID]]
 
     @classmethod
     async def open(
@@ -165,6 +167,7 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
         self._namespace = f"potluck/{validator.run_id}"
         self._senders = TokenBuckets(SENDER_BURST, SENDER_PER_SECOND, validator.clock)
         self._answers, self._probed, self._tasks = OrderedDict(), {}, {}
+        self._nearest = {}
         self.storage = RecordStorage(node_id, validator.clock, validator.rejected)
         # Reads are always `latest` and end up in `storage`: the second cache stays empty.
         self.cache = RecordStorage(node_id, validator.clock, validator.rejected, max_keys=0)
@@ -373,9 +376,15 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
         task.add_done_callback(lambda done: self._tasks.pop(done, None))
 
     def nearest_known(self, key: DHTID, count: int) -> dict[DHTID, PeerID]:
-        """Of the nodes that we know those nearest to a key, nearest first."""
-        table = self.routing_table.uid_to_peer_id
-        return {node: table[node] for node in sorted(table, key=int(key).__xor__)[:count]}
+        """Of the nodes that we know those nearest to a key, nearest first. Not to be changed."""
+        known = self._nearest.get((key, count))
+        if known is None:
+            table = self.routing_table.uid_to_peer_id
+            if len(self._nearest) >= _REMEMBERED_ANSWERS:
+                self._nearest.clear()
+            known = {node: table[node] for node in sorted(table, key=int(key).__xor__)[:count]}
+            self._nearest[key, count] = known
+        return known
 
     async def update_routing_table(self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True) -> None:
         """hivemind's calls (ping, store) end here."""
@@ -389,6 +398,7 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
     def _forget(self, peer: PeerID) -> None:
         node_id = self.routing_table.get(peer_id=peer)
         if node_id is not None:
+            self._nearest.clear()
             del self.routing_table[node_id]
 
     def _learn(self, node_id: DHTID, peer: PeerID) -> None:
@@ -398,6 +408,7 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
             if handed:
                 values, expirations = [held.value for _, held in handed], [held.expiration_time for _, held in handed]
                 self._background(self.call_store(peer, [key for key, _ in handed], values, expirations))
+        self._nearest.clear()
         oldest = self.routing_table.add_or_update_node(node_id, peer)
         if oldest is not None:
             # There was no room. If the oldest of that bucket answers no more, the next who is met takes its place.

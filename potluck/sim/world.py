@@ -263,7 +263,7 @@ class World:
         self.report.rounds.append(row)
         if self._on_round:
             self._on_round(row)
-        if round_ % COLLECT_ROUNDS == COLLECT_ROUNDS - 1:
+        if not gc.isenabled() and round_ % COLLECT_ROUNDS == COLLECT_ROUNDS - 1:
             gc.collect()
 
     def _since(self, what: str, living: list[SimPeer], count: Callable[[SimPeer], int]) -> float:
@@ -408,9 +408,12 @@ def simulate(plan: Plan, on_round: OnRound | None = None, strict: bool = False) 
     plan = Plan.of(plan.model_dump())
     quieten_hivemind()
     random.seed(plan.seed)  # hivemind draws from the global generator
-    # Cycles are few, and looking for them among thousands of peers' objects took half of the time (`_measure`).
     gc.freeze()
-    gc.disable()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(200_000, 20, 100)  # millions of short-lived objects, few of them in cycles
+    if plan.dht == "model":
+        # Even fewer there, and looking for them among ten thousand peers' objects took half of the time (`_measure`).
+        gc.disable()
     root = _new_root()
     worlds: list[World] = []
     handler = signal.getsignal(signal.SIGINT)
@@ -424,6 +427,7 @@ def simulate(plan: Plan, on_round: OnRound | None = None, strict: bool = False) 
         with suppress(ValueError):
             signal.signal(signal.SIGINT, handler)
         shutil.rmtree(root, ignore_errors=True)
+        gc.set_threshold(*thresholds)
         gc.enable()
         gc.unfreeze()
 

@@ -17,6 +17,9 @@ def simulate(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Another seed than the plan's.")] = None,
     peers: Annotated[int | None, typer.Option("--peers", min=1, help="Another number of peers.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Another number of rounds.")] = None,
+    dht: Annotated[
+        str | None, typer.Option("--dht", help="real, or model: the DHT's calibrated cost, many times as fast.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the report.")] = Path("simulations"),
     as_json: JsonOption = False,
 ) -> None:
@@ -35,7 +38,7 @@ def simulate(
 
     text = str(plan)
     chosen = random_plan(_seed_of(text)) if text.startswith("seed:") else Plan.load(plan)
-    changed = {"seed": seed, "peers": peers, "rounds": rounds}
+    changed = {"seed": seed, "peers": peers, "rounds": rounds, "dht": dht}
     chosen = Plan.of({**chosen.model_dump(), **{k: v for k, v in changed.items() if v is not None}}, text)
     if not as_json:
         print(f"{chosen.name}: {chosen.peers} peers, {chosen.rounds} rounds, seed {chosen.seed}", flush=True)

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from potluck.dht.manifest import ModelPart, TrainingPart
-from potluck.net.host import PeerId
 from potluck.net.hosts.go import GoHost
 from potluck.net.identity import Identity
 from potluck.net.rpc import Rpc
@@ -111,11 +110,6 @@ async def serve(options: argparse.Namespace) -> None:
         thread.start()
         print(json.dumps({"address": str((await host.get_visible_maddrs())[0]), "peer": rpc.peer_id}), flush=True)
         await asyncio.to_thread(sys.stdin.readline)
-        working = False
-        await asyncio.to_thread(thread.join)
-        flat = torch.cat([p.detach().flatten() for p in stage.parameters()])
-        stats = {"tokens": trainer._tokens, "busy": trainer.stats.busy_seconds, "hits": trainer.stats.hits}
-        print(json.dumps(stats | {"checksum": float(flat.double().sum())}), flush=True)
     finally:
         working = False
         await rpc.close()
@@ -137,15 +131,6 @@ class Server:
         assert self.process.stdout
         self.about = json.loads(self.process.stdout.readline())
 
-    def finish(self) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        told: dict[str, Any] = json.loads(self.process.stdout.readline())
-        self.process.stdin.close()
-        self.process.wait(30)
-        return told
-
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -164,8 +149,6 @@ async def running(options: argparse.Namespace, modules: list[str]) -> AsyncItera
             for server in servers:
                 await asyncio.to_thread(server.ready)
                 await host.connect(server.about["address"], 10.0)
-            for server in servers:  # servers dial each other for direct forwarding
-                server.about["peer"] = PeerId(server.about["peer"])
             yield rpc, servers
         finally:
             await rpc.close()
@@ -305,11 +288,9 @@ def hivemind_overhead(calls: int) -> float:
     code = f"""
 import statistics, sys, time, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import hivemind
 from hivemind.dht import DHT
 from hivemind.moe.client.expert import create_remote_experts
 from hivemind.moe.server import ModuleBackend, Server
-from hivemind.moe.server.server import Server
 from hivemind.moe.expert_uid import ExpertInfo
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 from pipeline import FeedForward, WIDTH, _local

@@ -408,7 +408,7 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
             if handed:
                 values, expirations = [held.value for _, held in handed], [held.expiration_time for _, held in handed]
                 self._background(self.call_store(peer, [key for key, _ in handed], values, expirations))
-        self._nearest.clear()
+            self._nearest.clear()
         oldest = self.routing_table.add_or_update_node(node_id, peer)
         if oldest is not None:
             # There was no room. If the oldest of that bucket answers no more, the next who is met takes its place.

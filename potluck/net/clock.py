@@ -10,9 +10,9 @@ import asyncio
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
-from potluck.errors import ClockError, RpcError
+from potluck.errors import ClockError, NetworkError, RpcError
 from potluck.net.host import PeerId
 from potluck.net.rpc import Reply, Rpc
 
@@ -78,6 +78,25 @@ class RunClock:
             return False
         self.offset += measured
         return True
+
+    async def keep_checked(
+        self,
+        rpc: Rpc,
+        connected: Callable[[], Awaitable[Sequence[PeerId]]],
+        emit: Callable[..., None],
+        samples: int = _SAMPLES,
+    ) -> None:
+        """Forever. Strangers may lie and the daemon may be restarting: only at joining does a wrong clock refuse."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if not self.is_due():
+                continue
+            try:
+                measured = await self.measure(rpc, await connected(), samples=samples)
+                if measured is not None and self.correct(measured):
+                    emit("peer.clock.corrected", seconds=measured, limit=SAID_SECONDS)
+            except (NetworkError, ClockError) as error:
+                emit("peer.clock.unchecked", error=str(error))
 
     async def _offset_to(self, rpc: Rpc, peer: PeerId, timeout_seconds: float, samples: int) -> float | None:
         """By the fastest of a few exchanges, assuming equal ways there and back (as NTP)."""

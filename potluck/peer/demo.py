@@ -8,14 +8,14 @@ peers' own events.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from potluck.dht.template import template_toml
-from potluck.peer.party import JOIN_SECONDS, Event, Member, Party, overhead_share
+from potluck.peer.party import JOIN_SECONDS, Event, Member, Party, counted_microbatches, overhead_share
 from potluck.swarm.model import count_parameters
 
 
@@ -157,17 +157,12 @@ class Demo:
 
     def _pipeline(self) -> dict[str, Any]:
         trained = [e for m in self.members for e in m.events if e.get("event") == "swarm.pipeline.trained"]
-        counted: Counter[tuple[str, int, str]] = Counter()
-        for member in self.members:
-            for event in member.events:
-                if event.get("event") == "swarm.stage.counted":
-                    counted.update((event["module"], event["round"], id_) for id_ in event["ids"])
         return {
             "stages": self.script.stages,
             "microbatches": sum(event["microbatches"] for event in trained),
             "resends": sum(m.last_of("swarm.pipeline.trained").get("resends", 0) for m in self.members),
             "thrown_away": sum(m.last_of("swarm.pipeline.trained").get("thrown_away", 0) for m in self.members),
-            "microbatches_counted_twice": sum(1 for times in counted.values() if times > 1),
+            "microbatches_counted_twice": sum(1 for times in counted_microbatches(self.members).values() if times > 1),
         }
 
     def _parameters(self, member: Member) -> int:

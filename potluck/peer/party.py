@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,6 +208,16 @@ class Party:
 async def _drain(member: Member, stderr: asyncio.StreamReader) -> None:
     while chunk := await stderr.read(4096):
         member.stderr = (member.stderr + chunk)[-8192:]
+
+
+def counted_microbatches(members: Sequence[Member]) -> Counter[tuple[str, int, str]]:
+    """How often each (stage, round, microbatch) was counted, over all members: more than once is a bug."""
+    counted: Counter[tuple[str, int, str]] = Counter()
+    for member in members:
+        for event in member.events:
+            if event.get("event") == "swarm.stage.counted":
+                counted.update((event["module"], event["round"], id_) for id_ in event["ids"])
+    return counted
 
 
 def overhead_share(rounds: Sequence[Event]) -> float:

@@ -29,9 +29,9 @@ from potluck.dht.invite import Invite, is_address
 from potluck.dht.manifest import Manifest, RunId, SignedManifest
 from potluck.dht.manifest import sign as sign_manifest
 from potluck.dht.template import load_toml
-from potluck.errors import ClockError, ManifestError, NetworkError
+from potluck.errors import ManifestError, NetworkError
 from potluck.net.blobs import BlobId, BlobRef
-from potluck.net.clock import LOOK_SECONDS, SAID_SECONDS, RunClock
+from potluck.net.clock import SAID_SECONDS, RunClock
 from potluck.net.fetch import fetch
 from potluck.net.identity import Identity
 from potluck.peer.build import MODULE, Parts, build, initial_state, outer_of, rules_of, same_draft
@@ -222,7 +222,7 @@ class Run:
         self.manifest.check_known(codecs=CODEC_NAMES)
         self.node.publish_manifest(self._signed)
         with self._phase("clock", "the clocks of connected peers", 6, "this machine's clock is taken as it is"):
-            await self._check_clock(first=True)
+            await self._check_clock()
         if self.manifest.model.stages == 1:
             await self._build_parts()
         with self._phase("directory", "the run's directory", DIRECTORY_SECONDS, "the peer gives up"):
@@ -316,13 +316,13 @@ class Run:
                 )
             self.events.emit("net.bootstrap.unreachable", failures=failures)
 
-    async def _check_clock(self, first: bool = False) -> None:
+    async def _check_clock(self) -> None:
         measured = await self.clock.measure(self.node.rpc, await self.node.connected())
         if measured is None:
             return
         if self.clock.correct(measured):
             self.events.emit("peer.clock.corrected", seconds=measured, limit=SAID_SECONDS)
-        elif first:
+        else:
             self.events.emit("peer.clock.checked", seconds=measured)
 
     def _make_replica(self, parts: Parts) -> GossipReplica:
@@ -380,7 +380,7 @@ class Run:
         self._presence.first_round = rules_of(self.manifest).clock.round_at(self.clock.now())
         care = [
             asyncio.create_task(self.node.keep_connected()),
-            asyncio.create_task(self._watch_clock()),
+            asyncio.create_task(self.clock.keep_checked(self.node.rpc, self.node.connected, self.events.emit)),
             asyncio.create_task(self.node.until_daemon_fails()),
             asyncio.create_task(self._until_taken()),
         ]
@@ -491,17 +491,6 @@ class Run:
     async def _until_taken(self) -> None:
         assert self._presence
         raise await self._presence.taken
-
-    async def _watch_clock(self) -> None:
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            if not self.clock.is_due():
-                continue
-            try:
-                await self._check_clock()
-            except (NetworkError, ClockError) as error:
-                # The daemon may be restarting, and strangers may lie: only at joining does a wrong clock refuse.
-                self.events.emit("peer.clock.unchecked", error=str(error))
 
     # ---- telling --------------------------------------------------------------------------------------------
 

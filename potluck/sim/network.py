@@ -58,12 +58,11 @@ class Weather:
 
 @dataclass
 class Traffic:
-    """Bytes, and messages of its own. What a peer relayed is in `sent` and `received` too."""
+    """Bytes. What a peer relayed is in `sent` and `received` too."""
 
     sent: int = 0
     received: int = 0
     relayed: int = 0
-    messages: int = 0
 
 
 class _Pipe:
@@ -221,7 +220,6 @@ class Network:
                 self._loop.call_soon(channel.break_off)
                 return
             hops = (source, channel.relay, target)
-        self._ports[source].traffic.messages += 1
         self._hop(hops, 0, size, arrive, channel)
 
     def _hop(self, hops: tuple[PeerId, ...], at: int, size: int, arrive: Arrive, channel: Channel) -> None:

@@ -19,7 +19,7 @@ from potluck.dht.node import start_dht, stop_dht
 from potluck.dht.records import Record
 from potluck.errors import ClockError, PotluckError, StateError
 from potluck.net.blobs import BlobService, BlobStore
-from potluck.net.clock import LOOK_SECONDS, RunClock
+from potluck.net.clock import RunClock
 from potluck.net.host import PeerId
 from potluck.net.hosts.memory import MemoryHost
 from potluck.net.identity import Identity
@@ -191,7 +191,11 @@ class SimPeer:
         clock.serve(rpc)
         known = [f"/ip4/10.0.0.1/tcp/4001/p2p/{peer}" for peer in bootstrap]
         await dial(host, [*known, *self._addresses])
-        connected = [PeerId(info.peer_id.to_base58()) for info in await host.list_peers()]
+
+        async def connected_now() -> list[PeerId]:
+            return [PeerId(info.peer_id.to_base58()) for info in await host.list_peers()]
+
+        connected = await connected_now()
         measured = await clock.measure(rpc, connected)
         if measured is not None and clock.correct(measured):
             self.emit("peer.clock.corrected", seconds=measured)
@@ -210,7 +214,7 @@ class SimPeer:
         training = asyncio.create_task(replica.run(start))
         care = [
             asyncio.create_task(keep_connected(host, self, lambda: self.dht, self.emit, plan.seconds / 3)),
-            asyncio.create_task(self._watch_clock(clock, rpc, host)),
+            asyncio.create_task(clock.keep_checked(rpc, connected_now, self.emit, samples=1)),
         ]
         try:
             await asyncio.wait([training, *care], return_when=asyncio.FIRST_COMPLETED)
@@ -289,19 +293,6 @@ class SimPeer:
             self.check_disk()
         except StateError as error:
             self.emit("peer.checkpoint.failed", error=str(error))
-
-    async def _watch_clock(self, clock: RunClock, rpc: Rpc, host: MemoryHost) -> None:
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            if not clock.is_due():
-                continue
-            try:
-                connected = [PeerId(info.peer_id.to_base58()) for info in await host.list_peers()]
-                measured = await clock.measure(rpc, connected, samples=1)
-                if measured is not None and clock.correct(measured):
-                    self.emit("peer.clock.corrected", seconds=measured)
-            except PotluckError as error:
-                self.emit("peer.clock.unchecked", error=str(error))
 
     async def measured(self, kind: str, records: int | None, operation: Any) -> Any:
         """Run a DHT operation and note what it took, for the model of its cost. (kind, records, calls, bytes, s)."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,6 +88,23 @@ def make_optimizer(spec: TrainingSpec, module: nn.Module) -> torch.optim.Optimiz
         )
         return optimizer
     raise ManifestError(f"training.optimizer: unknown optimizer {spec.optimizer!r}; use adamw or adamw8bit")
+
+
+def autocast(spec: TrainingSpec, device: torch.device) -> AbstractContextManager[object]:
+    """The run's precision. bf16 pays on CUDA only; on the CPU it is emulated or slower for small models."""
+    use_bf16 = spec.precision == "bf16-auto" and device.type == "cuda"
+    return torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext()
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip: float, learning_rate: float
+) -> None:
+    """Clip the norm of all gradients together to `clip` (0: not at all), and step."""
+    if clip > 0:
+        nn.utils.clip_grad_norm_(parameters, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
 
 
 class LocalTrainer:
@@ -194,18 +211,11 @@ class LocalTrainer:
             loss = self._forward(part) * share
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        if self.spec.gradient_clip > 0:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.spec.gradient_clip)
-        rate = learning_rate_at(self.spec, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        take_step(self.optimizer, self.module.parameters(), self.spec.gradient_clip, learning_rate_at(self.spec, step))
         return total
 
     def _forward(self, part: torch.Tensor) -> torch.Tensor:
-        # bf16 pays on CUDA only; on the CPU it is emulated or slower for small models.
-        use_bf16 = self.spec.precision == "bf16-auto" and self.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext():
+        with autocast(self.spec, self.device):
             return self._loss(self.module, part.to(self.device, non_blocking=True))
 
     def _free(self) -> None:

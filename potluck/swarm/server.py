@@ -1,6 +1,6 @@
 """Serving stages over RPC: what others send is checked here, computed by `StageTrainer`, and sent back.
 
-    stage.forward   input -> output                         (every stage but the last; `want = logits` in the last)
+    stage.forward   input -> output                         (in the last stage: logits of the next token, not trained)
     stage.loss      input, targets -> loss, its gradient    (the last stage: forward and backward in one call)
     stage.backward  gradient [, input] -> gradient          (the input only if this server no longer has it)
     stage.through   tokens, targets, route -> losses        (the whole way there and back, from server to server)
@@ -71,7 +71,7 @@ class StageFailed(NetworkError):
 
 
 class StageServer:
-    """All stages that this peer serves. `host` and `release` change them at any time."""
+    """All stages that this peer serves: those that it was told to `host`."""
 
     def __init__(self, rpc: Rpc, shapes: Shapes) -> None:
         self._rpc, self._shapes = rpc, shapes
@@ -89,9 +89,6 @@ class StageServer:
 
     def host(self, module: str, trainer: StageTrainer) -> None:
         self._hosted[module] = trainer
-
-    def release(self, module: str) -> None:
-        self._hosted.pop(module, None)
 
     # ---- handlers -------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -35,7 +35,7 @@ from torch.nn import functional
 
 from potluck.errors import PotluckError, ProtocolError, RpcRefused
 from potluck.swarm.layout import Flat, Layout
-from potluck.swarm.local import LocalResult, TrainingSpec, learning_rate_at, make_optimizer
+from potluck.swarm.local import LocalResult, TrainingSpec, autocast, learning_rate_at, make_optimizer, take_step
 from potluck.swarm.stage import Stage
 
 #: Microbatches whose answer was asked for and not confirmed; beyond it backwards are refused.
@@ -78,9 +78,6 @@ class JobQueue:
         self._numbers = itertools.count()
         self.changed = threading.Condition()
 
-    def __len__(self) -> int:
-        return len(self._jobs)
-
     def put(self, job: Job) -> None:
         """Raises RpcRefused when it is full or closed."""
         with self.changed:
@@ -89,17 +86,16 @@ class JobQueue:
             heapq.heappush(self._jobs, (job.priority, next(self._numbers), job))
             self.changed.notify()
 
-    def take(self, timeout_seconds: float, most: int) -> list[Job]:
-        """The next job, with up to `most` in all whose tensors can be stacked; [] after the timeout."""
+    def take(self, timeout_seconds: float) -> Job | None:
+        """The next job that is still wanted; None after the timeout."""
         with self.changed:
             if not self._jobs:
                 self.changed.wait(timeout_seconds)
-            taken: list[Job] = []
-            while self._jobs and len(taken) < most and (not taken or _stackable(taken[0], self._jobs[0][2])):
+            while self._jobs:
                 job = heapq.heappop(self._jobs)[2]
                 if job.answer.set_running_or_notify_cancel():
-                    taken.append(job)
-            return taken
+                    return job
+            return None
 
     def open(self) -> None:
         with self.changed:
@@ -113,13 +109,6 @@ class JobQueue:
         for _, _, job in jobs:
             if job.answer.set_running_or_notify_cancel():
                 job.answer.set_exception(RpcRefused("the round's training is over", RETRY_SECONDS))
-
-
-def _stackable(a: Job, b: Job) -> bool:
-    if (a.kind, a.train) != (b.kind, b.train):
-        return False
-    shapes = [tuple(None if t is None else t.shape for t in (job.x, job.grad, job.targets)) for job in (a, b)]
-    return shapes[0] == shapes[1]
 
 
 @dataclass
@@ -189,7 +178,6 @@ class StageTrainer:
         cache_bytes: int = 1 << 30,
         cache_seconds: float = 120.0,
         queue_limit: int = 64,
-        stack: int = 1,
         settle_seconds: float = 2.0,
     ) -> None:
         self.layout = Layout.of_module(stage)
@@ -200,13 +188,12 @@ class StageTrainer:
         self.stats = StageStats()
         self.step_tokens, self.settle_seconds = step_tokens, settle_seconds
         self._cache_bytes, self._cache_seconds = cache_bytes, cache_seconds
-        self._stack = stack
         self._parameters = list(stage.parameters())
         self._dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in stage.modules())
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
         self._graph_bytes: dict[torch.Size, int] = {}
-        self._lock = threading.Lock()
-        self._open, self._sealed = _Sum(), None  # type: tuple[_Sum, _Sum | None]
+        self._open = _Sum()
+        self._sealed: _Sum | None = None
         self._seen: set[bytes] = set()
         self._losses: deque[float] = deque(maxlen=64)
         self._lengths: deque[float] = deque(maxlen=64)
@@ -280,12 +267,12 @@ class StageTrainer:
         self.queue.open()
         try:
             while self._steps < max_steps and may_start(took + self.settle_seconds):
-                jobs = self.queue.take(0.02, self._stack)
-                if jobs:
+                if job := self.queue.take(0.02):
                     started = time.monotonic()
-                    self._do(jobs)
-                    took = 0.5 * took + 0.5 * (time.monotonic() - started)
-                    self.stats.busy_seconds += time.monotonic() - started
+                    self._do(job)
+                    seconds = time.monotonic() - started
+                    took = 0.5 * took + 0.5 * seconds
+                    self.stats.busy_seconds += seconds
                 self._maybe_step()
         finally:
             self.queue.close()
@@ -294,19 +281,14 @@ class StageTrainer:
 
     # ---- microbatches ---------------------------------------------------------------------------------------
 
-    def _do(self, jobs: list[Job]) -> None:
+    def _do(self, job: Job) -> None:
         try:
-            if len(jobs) > 1 and not self._dropout and not (jobs[0].kind == "forward" and jobs[0].train):
-                answers = self._together(jobs)
-            else:
-                answers = [self._one(job) for job in jobs]
+            answer = self._one(job)
         except Exception as error:
-            for job in jobs:
-                job.answer.set_exception(error)
+            job.answer.set_exception(error)
             if not isinstance(error, PotluckError):
                 self._kept.clear()  # out of memory, most likely: what is remembered is the first to go
-            return
-        for job, answer in zip(jobs, answers, strict=True):
+        else:
             job.answer.set_result(answer)
 
     def _one(self, job: Job) -> tuple[Tensor | None, float]:
@@ -319,18 +301,11 @@ class StageTrainer:
             case "backward":
                 return self._backward(job)
 
-    def _together(self, jobs: list[Job]) -> list[tuple[Tensor | None, float]]:
-        """Several requests of one shape as one batch: forwards that keep no graph; others one by one."""
-        if jobs[0].kind != "forward":
-            return [self._one(job) for job in jobs]
-        stacked = self._forward(b"", torch.cat([job.x for job in jobs if job.x is not None]), False)
-        return [(part, 0.0) for part in torch.chunk(stacked, len(jobs))]
-
     def _forward(self, id_: bytes, x: Tensor, train: bool) -> Tensor:
         self.stats.forwards += 1
         x = x.to(self.device)
         if not train or not self._cache_bytes:
-            with torch.no_grad(), self._precision(), self._dice(id_):
+            with torch.no_grad(), autocast(self.spec, self.device), self._dice(id_):
                 return self._apply(x)
         self._prune()
         size = self._graph_bytes.get(x.shape)
@@ -344,7 +319,7 @@ class StageTrainer:
         if size is None:
             hooks = torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor)
         x = self._leaf(x)
-        with hooks, self._precision(), self._dice(id_):
+        with hooks, autocast(self.spec, self.device), self._dice(id_):
             y = self._apply(x)
         if size is None:
             weights = sum(p.numel() * p.element_size() for p in self._parameters)
@@ -380,7 +355,7 @@ class StageTrainer:
         assert job.x is not None and job.targets is not None
         x, targets = job.x.to(self.device), job.targets.to(self.device)
         if not job.train:
-            with torch.no_grad(), self._precision():
+            with torch.no_grad(), autocast(self.spec, self.device):
                 return None, float(self._summed_loss(x, targets))
         if again := self._counted_before(job):
             return again
@@ -395,7 +370,7 @@ class StageTrainer:
     ) -> tuple[Tensor | None, float]:
         """Forward and backward: adds to the parameters' `grad`. (gradient of the input, loss)."""
         x = self._leaf(x)
-        with self._precision(), self._dice(id_):
+        with autocast(self.spec, self.device), self._dice(id_):
             if targets is not None:
                 loss = self._summed_loss(x, targets)
                 if not torch.isfinite(loss):
@@ -416,13 +391,9 @@ class StageTrainer:
     def _leaf(self, x: Tensor) -> Tensor:
         return x.detach().requires_grad_(x.is_floating_point())
 
-    def _precision(self) -> AbstractContextManager[object]:
-        use_bf16 = self.spec.precision == "bf16-auto" and self.device.type == "cuda"
-        return torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext()
-
     def _dice(self, id_: bytes) -> AbstractContextManager[object]:
         """Dropout falls for a recomputation as it fell the first time."""
-        return _Seeded(id_) if self._dropout else nullcontext()
+        return _seeded(id_) if self._dropout else nullcontext()
 
     def _check_length(self, grad: Tensor) -> None:
         length = float(grad.norm()) / math.sqrt(grad.shape[0] * grad.shape[1])
@@ -505,12 +476,8 @@ class StageTrainer:
         if not tokens:
             return
         aside = self._swap([None if g is None else g.div_(tokens) for g in sealed.grads])
-        if self.spec.gradient_clip > 0:
-            nn.utils.clip_grad_norm_(self._parameters, self.spec.gradient_clip)
         rate = learning_rate_at(self.spec, self._first_step + self._steps) * min(1.0, tokens / self.step_tokens)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        take_step(self.optimizer, self._parameters, self.spec.gradient_clip, rate)
         self._swap(aside)
         self._forget_graphs()
         self._steps += 1
@@ -533,17 +500,9 @@ class StageTrainer:
             p.grad = None
 
 
-class _Seeded(AbstractContextManager[object]):
+@contextmanager
+def _seeded(id_: bytes) -> Iterator[None]:
     """Random numbers that follow from a microbatch's id."""
-
-    def __init__(self, id_: bytes) -> None:
-        self._seed = int.from_bytes(hashlib.sha256(id_).digest()[:8], "big") >> 1
-        self._fork = torch.random.fork_rng()
-
-    def __enter__(self) -> object:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._fork.__exit__(*exc)  # type: ignore[arg-type]
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(hashlib.sha256(id_).digest()[:8], "big") >> 1)
+        yield

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from typing import Any
 
 import pytest
 
 from potluck.peer.control import ask
-from potluck.peer.party import Member, Party
+from potluck.peer.party import Member, Party, counted_microbatches
 
 from real import potluck, run_party, short_folder, write_manifest
 
@@ -51,11 +50,7 @@ def test_two_stages_of_two_peers_train_and_a_killed_one_comes_back_to_its_stage(
         )
         await party.leave_all(members)
 
-        counted: Counter[tuple[str, int, str]] = Counter()
-        for member in members:
-            for event in member.events:
-                if event.get("event") == "swarm.stage.counted":
-                    counted.update((event["module"], event["round"], id_) for id_ in event["ids"])
+        counted = counted_microbatches(members)
         assert counted and max(counted.values()) == 1
         losses = [event["loss"] for event in organizer.applied]
         assert losses[-1] < losses[0] - 0.3

@@ -249,7 +249,7 @@ class _Fetch:
         """The endgame: what an idle holder could deliver before the one that was asked."""
         patience = self._patience_seconds()
         for request in self._asked_once():
-            if now - request.started_at >= patience:
+            if now >= request.started_at + patience:  # as `_wake_at` adds: the difference may round below
                 return request.index
         return None
 

@@ -10,13 +10,13 @@ from potluck.dht.manifest import Manifest
 from potluck.errors import ManifestError
 from potluck.peer.hardware import check_fits, choose_device, fit_micro_batch, free_memory
 from potluck.swarm.data import Corpus, OnProgress, load_corpus
+from potluck.swarm.follower import RoundRules
 from potluck.swarm.layout import Layout
 from potluck.swarm.local import LocalTrainer
 from potluck.swarm.model import build_module, count_parameters
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round, RoundClock
 from potluck.swarm.pull import MAX_OF_GROUP_SIZE
-from potluck.swarm.rounds import RoundRules
 from potluck.swarm.stage import Stage, stage_names, stage_parameters
 from potluck.swarm.stage_trainer import StageTrainer
 from potluck.swarm.state import ReplicaState

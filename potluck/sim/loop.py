@@ -21,10 +21,12 @@ T = TypeVar("T")
 
 #: Cancelled timers that may lie about before they are swept out.
 _MANY = 10_000
+#: Turns of the loop at one instant: beyond it tasks wake each other for ever, and time never passes.
+_TURNS = 100_000
 
 
 class Deadlock(PotluckError):
-    """Nothing is scheduled any more, and the simulation's end has not come: something waits without a deadline."""
+    """The simulation's end cannot come: nothing is scheduled any more, or what is scheduled never lets time pass."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -34,6 +36,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._now = 0.0
         self._interrupted = False
+        self._turns = 0
         #: asyncio's own heap compares handles in Python, and its loop asks the kernel for sockets each time.
         self._timers: list[tuple[float, int, Any]] = []
         self._numbers = itertools.count()
@@ -115,7 +118,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 self._cancelled -= 1
             if not timers:
                 raise Deadlock("the simulation stands still: every task waits for something that no timer will bring")
-            self._now = max(self._now, timers[0][0])
+            if timers[0][0] > self._now:
+                self._now, self._turns = timers[0][0], 0
+        self._turns += 1
+        if self._turns > _TURNS:
+            self._turns = 0  # those who clean up get their turns, too
+            raise Deadlock(f"time does not pass: {_TURNS:,} turns at {self._now!r} s")
         now = self._now
         while timers and timers[0][0] <= now:
             timer = heapq.heappop(timers)[2]

@@ -48,8 +48,9 @@ from potluck.sim.peer import QUOTA_BYTES, SimPeer
 from potluck.sim.plan import Fault, Plan
 from potluck.sim.report import Report
 from potluck.sim.stand_in import MODULE, Model
+from potluck.swarm.follower import RoundRules
 from potluck.swarm.phases import Round, RoundClock
-from potluck.swarm.rounds import RoundRules, Trainer
+from potluck.swarm.rounds import Trainer
 from potluck.swarm.state import ReplicaState
 
 #: UTC second at which every simulation begins.

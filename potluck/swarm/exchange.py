@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from potluck.dht.directory import Directory
-from potluck.dht.records import Commit, Signed
+from potluck.dht.records import Commit, Replica, Signed
 from potluck.net.blobs import BlobId, BlobRef, BlobStore
 from potluck.net.fetch import FetchReport, fetch
 from potluck.net.host import PeerId
@@ -33,6 +33,10 @@ class Exchange(Protocol):
         ...
 
     async def commits(self, module: str, round_: Round, shard: int, timeout_seconds: float) -> list[Signed[Commit]]: ...
+
+    async def replicas(self, module: str, timeout_seconds: float) -> list[Signed[Replica]]:
+        """Who announces to have a state of the module."""
+        ...
 
     async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
         """Serve a blob from `reveal_at` on."""
@@ -91,6 +95,10 @@ class NetworkExchange:
 
     async def commits(self, module: str, round_: Round, shard: int, timeout_seconds: float) -> list[Signed[Commit]]:
         view = await self._directory.commits(module, round_, shard, timeout_seconds=timeout_seconds)
+        return list(view.records)
+
+    async def replicas(self, module: str, timeout_seconds: float) -> list[Signed[Replica]]:
+        view = await self._directory.replicas(module, timeout_seconds=timeout_seconds)
         return list(view.records)
 
     async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from potluck.dht.records import Commit, Signed
+from potluck.dht.records import Commit, Replica, Signed
 from potluck.errors import BlobUnavailable
 from potluck.net.blobs import BlobRef, ChunkList
 from potluck.net.host import PeerId
@@ -31,6 +31,7 @@ class World:
     now: float = 0.0
     commits: dict[tuple[str, int, int], dict[PeerId, Signed[Commit]]] = field(default_factory=dict)
     own: dict[tuple[str, int, int], dict[PeerId, Signed[Commit]]] = field(default_factory=dict)
+    announced: dict[str, dict[PeerId, Signed[Replica]]] = field(default_factory=dict)
     blobs: dict[str, dict[PeerId, tuple[bytes, float]]] = field(default_factory=dict)
     faults: dict[PeerId, Faults] = field(default_factory=dict)
 
@@ -65,6 +66,10 @@ class FakeExchange:
         found = {**self.world.commits.get(key, {}), **own}
         return [s for p, s in sorted(found.items()) if p == self.peer or not (self.faults.blind or self.faults.down)]
 
+    async def replicas(self, module: str, timeout_seconds: float) -> list[Signed[Replica]]:
+        await asyncio.sleep(self.faults.latency_seconds)
+        return [] if self.faults.blind or self.faults.down else list(self.world.announced.get(module, {}).values())
+
     async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
         served = blob if self.faults.garbage is None else self.faults.garbage
         ref = ChunkList.of([served]).ref
@@ -74,6 +79,15 @@ class FakeExchange:
     def offer_state(self, state: ReplicaState) -> None:
         blob = b"".join(state.buffers)
         self.world.blobs.setdefault(state.digest, {})[self.peer] = (blob, 0.0)
+        record = Replica(
+            module=state.module,
+            round=state.round,
+            digest=bytes.fromhex(state.digest),
+            session=bytes(16),
+            started=0.0,
+            addresses=[],
+        )
+        self.world.announced.setdefault(state.module, {})[self.peer] = Signed(record, self.peer, 1e9)
 
     async def fetch(
         self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float, may_come: bool = True

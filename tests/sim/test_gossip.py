@@ -16,11 +16,12 @@ import torch
 
 from potluck.net.host import PeerId
 from potluck.swarm.codecs import make_codec
+from potluck.swarm.follower import Follower, Following, RoundRules
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round, RoundClock
-from potluck.swarm.rounds import GossipReplica, RoundRules
+from potluck.swarm.rounds import GossipReplica
 from potluck.swarm.state import ReplicaState
 from potluck.swarm.waits import WaitBoard
 
@@ -81,7 +82,8 @@ class Swarm:
         self.loop = asyncio.get_running_loop()
         self.started = self.loop.time()
         self.replicas: dict[PeerId, GossipReplica] = {}
-        self.tasks: dict[PeerId, asyncio.Task[ReplicaState]] = {}
+        self.followers: dict[PeerId, Follower] = {}
+        self.tasks: dict[PeerId, asyncio.Task[Any]] = {}
         self.events: dict[PeerId, list[dict[str, Any]]] = {}
         self.frozen: set[PeerId] = set()
 
@@ -89,7 +91,7 @@ class Swarm:
         self.world.now = self.loop.time() - self.started  # also asked by the compute thread
         return self.world.now
 
-    def start(self, number: int) -> PeerId:
+    def start(self, number: int, keeper: bool = False, state: ReplicaState | None = None) -> PeerId:
         peer = PeerId(f"peer-{number:02d}")
         waits = WaitBoard(self.now)
         events = self.events.setdefault(peer, [])
@@ -99,25 +101,31 @@ class Swarm:
             for wait in waits.current():
                 assert float(wait["until"]) >= self.now() - 2.0, wait
 
-        velocity = LAYOUT.zeros() if self.momentum else None
-        replica = GossipReplica(
+        following = Following(
             peer=peer,
             module=MODULE,
             rules=self.rules,
-            trainer=Quadratic(number),
             codec=make_codec(self.codec, {"chunk": 64, "k": 8} if self.codec == "sparse" else {}),
             outer=OuterStep(1.0 if not self.momentum else 0.7, self.momentum),
             exchange=FakeExchange(self.world, peer),
-            batches=lambda round_: iter(()),
-            held_out=torch.zeros(1, 2, dtype=torch.int64),
             now=self.now,
             waits=waits,
             emit=emit,
             session=bytes([number]) * 16,
         )
-        self.replicas[peer] = replica
+        velocity = LAYOUT.zeros() if self.momentum else None
         theta_0 = ReplicaState(MODULE, LAYOUT, Round(0), LAYOUT.zeros(), velocity)
-        self.tasks[peer] = asyncio.create_task(replica.run(theta_0))
+        if keeper:
+            follower = self.followers[peer] = Follower(LAYOUT, **following)
+            self.tasks[peer] = asyncio.create_task(follower.follow(theta_0))
+        else:
+            replica = self.followers[peer] = self.replicas[peer] = GossipReplica(
+                trainer=Quadratic(number),
+                batches=lambda round_: iter(()),
+                held_out=torch.zeros(1, 2, dtype=torch.int64),
+                **following,
+            )
+            self.tasks[peer] = asyncio.create_task(replica.run(state or theta_0))
         return peer
 
     def crash(self, peer: PeerId) -> None:
@@ -140,8 +148,8 @@ class Swarm:
         return [r.state.theta for p, r in self.replicas.items() if r.state and not self.world.of(p).down]
 
     async def end(self) -> None:
-        for replica in self.replicas.values():
-            replica.stop()
+        for follower in self.followers.values():
+            follower.stop()
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
 
 
@@ -466,5 +474,46 @@ def test_a_joiner_believes_a_round_only_after_its_deadline() -> None:
         await swarm.until(75.0)
         loaded = [e for e in swarm.events[late] if e["event"] == "swarm.state.loaded"]
         assert loaded and loaded[0]["round"] == 3
+
+    simulate(body)
+
+
+@pytest.mark.parametrize("silence", [15.0, 75.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_module_whose_replicas_all_die_comes_back_from_a_keeper(silence: float, momentum: float) -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(3)]
+        keeper = swarm.start(8, keeper=True)
+        await swarm.until(62.0)
+        last = swarm.replicas[peers[0]].state
+        kept = swarm.followers[keeper].state
+        assert last and kept
+        assert kept.round == last.round == 6
+        assert kept.digest == last.digest
+        for peer in peers:
+            swarm.crash(peer)
+        await swarm.until(62.0 + silence)
+        healer = swarm.start(5)
+        await swarm.until(62.0 + silence + 320.0)
+        joined = [e for e in swarm.events[healer] if e["event"] == "swarm.join.done"]
+        assert joined, [e for e in swarm.events[healer] if "join" in e["event"]]
+        after = swarm.replicas[healer].state
+        assert after
+        assert after.history > last.history  # went on from what was there
+
+    simulate(body, momentum=momentum)
+
+
+def test_who_has_trained_more_takes_no_older_snapshot() -> None:
+    async def body(swarm: Swarm) -> None:
+        keeper = swarm.start(8, keeper=True)
+        old = ReplicaState(MODULE, LAYOUT, Round(9), LAYOUT.zeros() + 7, None, history=2)
+        FakeExchange(swarm.world, keeper).offer_state(old)
+        mine = ReplicaState(MODULE, LAYOUT, Round(3), LAYOUT.zeros() + 1, None, history=30)
+        await swarm.until(105.0)
+        peer = swarm.start(1, state=mine)
+        await swarm.until(115.0)
+        theta = swarm.replicas[peer].state
+        assert theta and theta.history >= 30
 
     simulate(body)

@@ -58,8 +58,16 @@ def test_time_passes_only_when_all_is_idle_and_a_standstill_is_said() -> None:
     async def waits_for_ever(loop: VirtualLoop) -> None:
         await asyncio.Event().wait()
 
-    with pytest.raises(Deadlock):
+    with pytest.raises(Deadlock, match="stands still"):
         run(waits_for_ever)
+
+    async def waits_for_less_than_the_clock_can_tell(loop: VirtualLoop) -> None:
+        await asyncio.sleep(1000.0)
+        while True:
+            await asyncio.sleep(1e-20)
+
+    with pytest.raises(Deadlock, match="does not pass"):
+        run(waits_for_less_than_the_clock_can_tell)
 
 
 def test_it_is_a_host() -> None:

@@ -59,22 +59,24 @@ def demo(
     # The peers' homes lie in a short path of their own: unix sockets allow 107 characters.
     homes = Path(tempfile.mkdtemp(prefix="potluck-demo-"))
     try:
-        figures = asyncio.run(_run(homes, script, Demo, say, live, lines))
-        sample = _export(homes, out) if stages == 1 else None
+        figures = asyncio.run(_run(homes, out / "model", script, Demo, say, live, lines))
+        sample = _sample(out / "model")
     except KeyboardInterrupt:
         print("demo interrupted; all its processes are gone", file=sys.stderr)
         raise
     finally:
         shutil.rmtree(homes, ignore_errors=True)
     if as_json:
-        print(json.dumps({**figures, "model": str(out / "model") if sample else None, "sample": sample}))
+        print(json.dumps({**figures, "model": str(out / "model"), "sample": sample}))
     else:
         _summary(out, figures, sample)
     if not (figures["recovered"] and figures["survived_organizer"]):
         raise NetworkError("the demo's peers did not recover from its faults (see the figures above)")
 
 
-async def _run(root: Path, script: Any, kind: type[Demo], say: Any, live: bool, lines: list[str]) -> dict[str, Any]:
+async def _run(
+    root: Path, out: Path, script: Any, kind: type[Demo], say: Any, live: bool, lines: list[str]
+) -> dict[str, Any]:
     from rich.live import Live
 
     shown = Live(refresh_per_second=4) if live else nullcontext()
@@ -86,7 +88,7 @@ async def _run(root: Path, script: Any, kind: type[Demo], say: Any, live: bool, 
         else:
             _print_rounds(party, printed, say)
 
-    party = kind(root, script, on_change, say)
+    party = kind(root, out, script, on_change, say)
     with shown:
         return await party.run()
 
@@ -127,18 +129,19 @@ def _table(party: Demo, lines: list[str]) -> Table:
     return table
 
 
-def _export(homes: Path, out: Path) -> str:
-    """Export from a worker's home, and a sample of the model's text."""
-    from potluck.peer.export import export_run, generate_text, load_model
-    from potluck.peer.home import Home
+def _sample(model: Path) -> str:
+    """Some of the exported model's text."""
+    from transformers import AutoModelForCausalLM
 
-    folder = Home(homes / "worker-1").find_run()
-    export_run(folder, out / "model")
-    module, manifest, _ = load_model(folder)
-    return generate_text(module, manifest, "def ", 160, 0.7, seed=0)
+    from potluck.dht.manifest import Manifest
+    from potluck.peer.export import Sampling, generate_text
+
+    manifest = Manifest.model_validate_json((model / "potluck-manifest.json").read_bytes())
+    module = AutoModelForCausalLM.from_pretrained(model).eval()
+    return generate_text(module, manifest, "def ", Sampling(160, 0.7, seed=0))
 
 
-def _summary(out: Path, figures: dict[str, Any], sample: str | None) -> None:
+def _summary(out: Path, figures: dict[str, Any], sample: str) -> None:
     agree = (
         "bit-identical parameters after every round"
         if figures["digests_agree"]
@@ -151,9 +154,8 @@ def _summary(out: Path, figures: dict[str, Any], sample: str | None) -> None:
     print(f"traffic   {figures['bytes_per_param_per_round']:.3f} bytes received per parameter, round and peer")
     print(f"late join {figures['late_join_seconds']} s from its start to its first contribution")
     print(f"recovered {figures['recovered']}; survived the organizer: {figures['survived_organizer']}")
-    if sample is None:
+    if "stages" in figures:
         twice = figures["microbatches_counted_twice"]
         print(f"pipeline  {figures['stages']} stages, {figures['microbatches']} microbatches, {twice} counted twice")
-        return
     print(f"sample    {sample!r}")
     print(f"model     {out / 'model'}  (transformers.AutoModelForCausalLM.from_pretrained loads it)")

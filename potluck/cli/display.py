@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
@@ -73,6 +75,12 @@ def event_line(event: Event) -> str | None:
                 "diverged": "the local steps gave values that are not finite (is training.learning_rate too high?)",
             }
             return f"round {event['round']} is sat out: {why.get(event['reason'], event['reason'])}"
+        case "swarm.move.started":
+            return f"this peer is missed more in {event['module']}: taking over its state, then leaving {event['left']}"
+        case "swarm.move.done":
+            return f"moved from {event['left']} to {event['module']}"
+        case "swarm.move.failed":
+            return f"moving to {event['module']} failed: {event['error']}"
         case "peer.clock.corrected":
             return f"this machine's clock is {abs(event['seconds']):.1f} s off its peers: corrected for this run"
         case "peer.checkpoint.loaded":
@@ -90,6 +98,18 @@ def event_line(event: Event) -> str | None:
 
 def _bar(part: float) -> str:
     return f"{'█' * round(20 * part):<20} {100 * part:3.0f} %"
+
+
+@contextmanager
+def progress_bar(what: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """On stderr, if that is a terminal. Gives a function that hears (bytes done, bytes in all)."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class PlainPeer:

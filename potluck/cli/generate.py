@@ -1,7 +1,8 @@
-"""`potluck generate`: text from a run's latest checkpoint."""
+"""`potluck generate`: text from a run's model."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Annotated
 
@@ -21,11 +22,24 @@ def generate(
 ) -> None:
     """Continue a text with the model as this peer has it.
 
+    Where the model lies in stages on many peers, each token goes through the run's servers, between what they train.
+
     Example:  potluck generate 'import os' --tokens 300
     """
-    from potluck.peer.export import generate_text, load_model
-    from potluck.peer.home import Home, default_home
+    from potluck.peer.export import Sampling, Source
+    from potluck.peer.export import generate as continue_text
+    from potluck.peer.home import default_home
 
-    module, manifest, round_ = load_model(Home(home or default_home()).find_run(run))
-    text = generate_text(module, manifest, prompt, tokens, temperature, seed)
-    print(json.dumps({"text": text, "round": round_}) if as_json else text)
+    parts: list[str] = []
+
+    def on_text(text: str) -> None:
+        parts.append(text)
+        if not as_json:
+            print(text, end="", flush=True)
+
+    async def go() -> int | None:
+        source = await Source.of(run, home or default_home())
+        return await continue_text(source, prompt, Sampling(tokens, temperature, seed), on_text)
+
+    round_ = asyncio.run(go())
+    print(json.dumps({"text": "".join(parts), "round": round_}) if as_json else "")

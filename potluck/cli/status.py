@@ -32,12 +32,13 @@ def status(home: HomeOption = None, run: RunOption = None, as_json: JsonOption =
 def _pipeline(pipeline: Any) -> list[str]:
     if not pipeline:
         return []
-    stages = "  ".join(
-        f"{k}: {stage['replicas']} replicas" + ("" if stage["load"] is None else f", load {stage['load']:.2f}")
-        for k, stage in enumerate(pipeline["stages"])
-    )
+    stages = []
+    for k, stage in enumerate(pipeline["stages"]):
+        load = "" if stage["load"] is None else f", load {stage['load']:.2f}"
+        stages.append(f"{k}: {stage['replicas']} replicas, {stage['keepers']} keepers{load}")
+    keeps = f", keeps {' and '.join(pipeline['keeps'])}" if pipeline["keeps"] else ""
     return [
-        f"stages     {stages}; this peer serves {pipeline['module']}",
+        f"stages     {'  '.join(stages)}; this peer serves {pipeline['module']}{keeps}",
         f"trained    {pipeline['microbatches']} microbatches, {pipeline['resends']} resent, "
         f"{pipeline['thrown_away']} thrown away",
     ]

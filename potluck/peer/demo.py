@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from potluck.dht.template import template_toml
+from potluck.peer.export import Source, export_run
 from potluck.peer.party import JOIN_SECONDS, Event, Member, Party, counted_microbatches, overhead_share
 from potluck.swarm.model import count_parameters
 
@@ -60,10 +61,13 @@ class Cast:
 
 
 class Demo:
-    """Runs the script; `on_change` is called whenever a peer said something, `say` with each thing that happens."""
+    """Runs the script, and exports the model to `out`. `on_change` is called whenever a peer said something, `say` with
+    each thing that happens."""
 
-    def __init__(self, root: Path, script: Script, on_change: Callable[[], None], say: Callable[[str], None]) -> None:
-        self.root, self.script, self.say = root, script, say
+    def __init__(
+        self, root: Path, out: Path, script: Script, on_change: Callable[[], None], say: Callable[[str], None]
+    ) -> None:
+        self.root, self.out, self.script, self.say = root, out, script, say
         self.party = Party(root, on_change)
 
     @property
@@ -106,6 +110,12 @@ class Demo:
         self.say("the organizer is killed for good: the run goes on")
 
         await self._rounds(script.without_organizer)
+        if script.stages > 1:
+            source = await Source.of(workers[0].status["invite"], workers[0].home)
+        else:
+            source = await Source.of(None, workers[0].home)
+        await export_run(source, self.out)
+        self.say(f"the model is exported{' from all stages' if script.stages > 1 else ''}")
         await party.leave_all([m for m in self.members if m is not organizer])
         self.say("all have left")
         return Cast(organizer, victim, late, before, organizer.last["round"])
@@ -131,7 +141,7 @@ class Demo:
         losses: dict[int, list[float]] = defaultdict(list)
         for member in self.members:
             for event in member.applied:
-                digests[event["round"], member.module].add(event["digest"])
+                digests[event["round"], event.get("module", "stage.0")].add(event["digest"])
                 losses[event["round"]].append(event["loss"])
         disagreeing = sorted({number for (number, _), seen in digests.items() if len(seen) > 1})
         curve = [sum(values) / len(values) for _, values in sorted(losses.items())]

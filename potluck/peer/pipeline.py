@@ -5,29 +5,32 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Final
 
 from torch import Tensor
 
 from potluck.dht.directory import Directory
-from potluck.dht.manifest import Manifest, RunId
 from potluck.dht.records import Replica, Signed
 from potluck.errors import NetworkError, PotluckError, UserError
 from potluck.net.host import PeerId
-from potluck.net.rpc import Rpc
 from potluck.peer.build import rules_of
+from potluck.peer.seat import Around, Keeper, Seat
 from potluck.swarm.data import Corpus, assigned_offsets
+from potluck.swarm.keepers import kept_by
+from potluck.swarm.model import ModelSpec
 from potluck.swarm.phases import Round
-from potluck.swarm.presence import Presence
-from potluck.swarm.rebalance import PeerLoad, newcomer
+from potluck.swarm.rebalance import PERIOD_SECONDS, RULES, PeerLoad, decide, newcomer
 from potluck.swarm.server import Shapes, StageServer
-from potluck.swarm.stage import hidden_size, stage_names
+from potluck.swarm.stage import hidden_size, stage_layout, stage_names, stage_work
 from potluck.swarm.stage_trainer import StageTrainer
+from potluck.swarm.state import ReplicaState
 from potluck.swarm.trainer import PipelineTrainer
 
 READ_SECONDS: Final = 5.0
 REFRESH_SECONDS: Final = 10.0
+#: A period of rebalancing is not longer than this many rounds.
+PERIOD_ROUNDS: Final = 4
 #: Names the samples that a trainer draws, whatever stage it serves.
 TRAINER_MODULE: Final = "trainer"
 
@@ -40,117 +43,199 @@ async def read_stages(directory: Directory, stages: int) -> list[list[Signed[Rep
     return [list(view.records) for view in views]
 
 
-async def choose_stage(directory: Directory, me: PeerId, stages: int, wanted: int | None, held: set[str]) -> str:
+def table_of(rows: Sequence[Sequence[Signed[Replica]]], me: PeerId | None = None) -> list[dict[PeerId, PeerLoad]]:
+    """What rebalancing goes by, without `me`. Who has not measured yet counts as the middle of those who have."""
+    serving = [[one for one in row if one.record.role != "observer" and one.peer != me] for row in rows]
+    measured = [one.record.throughput for row in serving for one in row if one.record.throughput > 0]
+    usual = statistics.median(measured) if measured else 1.0
+    return [
+        {one.peer: PeerLoad(one.record.load, one.record.throughput or usual, one.record.moving) for one in row}
+        for row in serving
+    ]
+
+
+async def choose_stage(directory: Directory, me: PeerId, spec: ModelSpec, wanted: int | None, held: set[str]) -> str:
     """The stage asked for, else one whose checkpoint lies here, else where another replica is missed most."""
-    names = stage_names(stages)
+    names = stage_names(spec.stages)
     if wanted is not None:
-        if wanted >= stages:
-            raise UserError(f"--stage {wanted}: this run has the stages 0 to {stages - 1}")
+        if wanted >= len(names):
+            raise UserError(f"--stage {wanted}: this run has the stages 0 to {len(names) - 1}")
         return names[wanted]
     try:
-        found = await read_stages(directory, stages)
+        found = await read_stages(directory, len(names))
     except PotluckError:
         found = [[] for _ in names]
     mine = [name for name in names if name in held]
     if mine:
         return min(mine, key=lambda name: len(found[names.index(name)]))
-    table = [
-        {one.peer: PeerLoad(one.record.load, one.record.throughput or 1.0) for one in row if one.peer != me}
-        for row in found
-    ]
-    return names[newcomer(me, table)]
+    return names[newcomer(me, table_of(found, me), await asyncio.to_thread(stage_work, spec))]
 
 
 class Pipeline:
-    """`serve` from the start; `run` trains while the rounds do."""
+    """`serve` from the start; `run` trains while the rounds do. `on_move(module)` is called when this peer is missed
+    more elsewhere; `bound`: it never is."""
 
     def __init__(
-        self,
-        *,
-        rpc: Rpc,
-        run_id: RunId,
-        manifest: Manifest,
-        module: str,
-        trainer: StageTrainer,
-        corpus: Corpus,
-        directory: Directory,
-        presence: Presence,
-        now: Callable[[], float],
-        emit: Callable[..., None],
+        self, around: Around, corpus: Corpus, vocabulary: int, on_move: Callable[[str], None], *, bound: bool
     ) -> None:
-        self.module, self.trainer = module, trainer
-        self._manifest, self._corpus, self._directory = manifest, corpus, directory
-        self._presence, self._now, self._emit = presence, now, emit
-        self._seed = run_id.encode() + manifest.data.seed.to_bytes(8, "big")
-        self._me = rpc.peer_id
-        stages, settings = manifest.model.stages, manifest.pipeline
+        manifest = around.manifest
+        self._around, self._corpus, self._on_move, self._bound = around, corpus, on_move, bound
+        self._now, self._emit, self._me = around.clock.now, around.emit, around.peer
+        self._seed = around.run_id.encode() + manifest.data.seed.to_bytes(8, "big")
+        self._names, settings = stage_names(manifest.model.stages), manifest.pipeline
         shapes = Shapes(
             settings.microbatch,
             manifest.data.sequence_length,
             hidden_size(manifest.model),
-            int(trainer.stage.config.get_text_config().vocab_size),
+            vocabulary,
             settings.activations,
         )
-        StageServer(rpc, shapes).host(module, trainer)
+        rpc = around.node.rpc
+        self._server = StageServer(rpc, shapes)
         self.driver = PipelineTrainer(
-            rpc, stages, shapes, in_flight=settings.in_flight, direct=settings.direct, now=now
+            rpc, len(self._names), shapes, in_flight=settings.in_flight, direct=settings.direct, now=self._now
         )
         self._clock = rules_of(manifest).clock
-        self._replicas: list[list[Signed[Replica]]] = [[] for _ in range(stages)]
+        self._period_seconds = min(PERIOD_SECONDS, PERIOD_ROUNDS * self._clock.seconds)
+        self._work = stage_work(manifest.model)
+        self._replicas: list[list[Signed[Replica]]] = [[] for _ in self._names]
+        self._seat: Seat | None = None
+        self._keepers: dict[str, tuple[Keeper, asyncio.Task[None]]] = {}
         self._microbatch_seconds = 0.0
         self._busy = (time.monotonic(), 0.0)
+        self._decided = self._moved = -(10**9)
+
+    # ---- serving --------------------------------------------------------------------------------------------
+
+    def serve(self, seat: Seat) -> None:
+        """From now on this is our stage. Where we were before is served until `leave`."""
+        if self._seat is not None:
+            self._moved = self._period
+        self._seat = seat
+        self._busy = (time.monotonic(), self._trainer.stats.busy_seconds)
+        self._server.host(seat.module, self._trainer)
+
+    def leave(self, module: str) -> None:
+        self._server.leave(module)
+
+    @property
+    def _trainer(self) -> StageTrainer:
+        assert self._seat and isinstance(self._seat.parts.trainer, StageTrainer)
+        return self._seat.parts.trainer
+
+    @property
+    def _period(self) -> int:
+        return int(self._now() // self._period_seconds)
 
     async def run(self) -> None:
         """Until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._refresh())
-            group.create_task(self._drive())
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._refresh())
+                group.create_task(self._drive())
+        finally:
+            for module in list(self._keepers):
+                await self.stop_keeping(module)
 
     def status(self) -> dict[str, Any]:
-        stages = [
-            {"replicas": len(row), "load": round(statistics.fmean(one.record.load for one in row), 3) if row else None}
-            for row in self._replicas
-        ]
+        stages = []
+        for row in self._replicas:
+            serving = [one.record for one in row if one.record.role != "observer"]
+            load = round(statistics.fmean(record.load for record in serving), 3) if serving else None
+            stages.append({"replicas": len(serving), "keepers": len(row) - len(serving), "load": load})
         stats = self.driver.stats
         return {
-            "module": self.module,
+            "module": self._seat.module if self._seat else None,
+            "keeps": [module for module, (keeper, _) in self._keepers.items() if keeper.state],
             "stages": stages,
             "microbatches": stats.microbatches,
             "resends": stats.resends,
             "thrown_away": stats.thrown_away,
         }
 
-    def counted(self, round_: int) -> None:
-        """Tell which microbatches this stage's contribution to a round holds."""
-        ids = [id_.hex() for id_ in self.trainer.counted]
-        self._emit("swarm.stage.counted", round=round_, module=self.module, ids=ids, voided=self.trainer.stats.voided)
+    def counted(self, seat: Seat, round_: int) -> None:
+        """Tell which microbatches a stage's contribution to a round holds."""
+        trainer = seat.parts.trainer
+        assert isinstance(trainer, StageTrainer)
+        ids = [id_.hex() for id_ in trainer.counted]
+        self._emit("swarm.stage.counted", round=round_, module=seat.module, ids=ids, voided=trainer.stats.voided)
+
+    # ---- who serves what ------------------------------------------------------------------------------------
 
     async def _refresh(self) -> None:
         while True:
             try:
-                self._replicas = await read_stages(self._directory, self._manifest.model.stages)
+                self._replicas = await read_stages(self._around.directory, len(self._names))
             except PotluckError as error:
                 self._emit("swarm.pipeline.unread", error=str(error))
             else:
                 for wiring, row in zip(self.driver.wirings, self._replicas, strict=True):
-                    wiring.update({one.peer: one.expires_at for one in row}, self._now())
-            self._presence.load, self._presence.throughput = self._measure()
+                    serving = (one for one in row if one.record.digest and one.record.role != "observer")
+                    wiring.update({one.peer: one.expires_at for one in serving}, self._now())
+                self._measure()
+                await self._keep()
+                self._reconsider()
             await asyncio.sleep(min(REFRESH_SECONDS, self._clock.seconds / 2))
 
-    def _measure(self) -> tuple[float, float]:
-        """(share of the time that this stage computed since the last call, samples it could do per second)."""
-        now, busy = time.monotonic(), self.trainer.stats.busy_seconds
-        before, self._busy = self._busy, (now, busy)
-        load = (busy - before[1]) / max(1e-3, now - before[0])
-        done = self.trainer.stats.backwards * self._manifest.pipeline.microbatch
-        return min(1.0, max(0.0, load)), done / busy if busy > 0 else 0.0
+    def _measure(self) -> None:
+        """Publish the share of the time that our stage computed, and the samples per second that it could do."""
+        if self._seat is None:
+            return
+        now, stats, presence = time.monotonic(), self._trainer.stats, self._seat.presence
+        before, self._busy = self._busy, (now, stats.busy_seconds)
+        presence.load = min(1.0, max(0.0, (stats.busy_seconds - before[1]) / max(1e-3, now - before[0])))
+        if stats.busy_seconds > 0:
+            samples = stats.backwards * self._around.manifest.pipeline.microbatch
+            presence.throughput = samples / stats.busy_seconds * self._work[self._names.index(self._seat.module)]
+        presence.moving = self._bound or RULES.resting(self._moved, self._period)
+
+    def _reconsider(self) -> None:
+        """Once a period: whether we are missed more elsewhere."""
+        period = self._period
+        if self._seat is None or self._bound or period == self._decided or not self._seat.loaded.is_set():
+            return
+        self._decided = period
+        own = self._names.index(self._seat.module)
+        to = decide(self._me, own, table_of(self._replicas), period, self._moved, self._work)
+        if to is not None:
+            self._on_move(self._names[to])
+
+    async def _keep(self) -> None:
+        """Follow the stages of which we are to keep snapshots, and those no longer that others keep now."""
+        if self._seat is None:
+            return
+        serving = [[one.peer for one in row if one.record.role != "observer"] for row in self._replicas]
+        own = self._names.index(self._seat.module)
+        wanted = {self._names[stage] for stage in kept_by(self._me, own, serving)}
+        for module in [module for module in self._keepers if self._may_drop(module, wanted)]:
+            await self.stop_keeping(module)
+        for module in wanted - self._keepers.keys():
+            layout = await asyncio.to_thread(stage_layout, self._around.manifest.model, module)
+            keeper = Keeper(self._around, module, layout)
+            self._keepers[module] = keeper, asyncio.create_task(keeper.run())
+
+    def _may_drop(self, module: str, wanted: Container[str]) -> bool:
+        """A snapshot is dropped when it is not ours to keep, and the stage has replicas."""
+        _, task = self._keepers[module]
+        return task.done() or (module not in wanted and bool(self._replicas[self._names.index(module)]))
+
+    async def stop_keeping(self, module: str) -> ReplicaState | None:
+        """The state that was kept, if any."""
+        if module not in self._keepers:
+            return None
+        keeper, task = self._keepers.pop(module)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return keeper.state
+
+    # ---- training -------------------------------------------------------------------------------------------
 
     async def _drive(self) -> None:
         """Microbatches while a round's training lasts; then sleep until the next."""
         while True:
             round_ = self._clock.round_at(self._now())
             window = self._clock.window(round_)
-            until = window.train_until - self.trainer.settle_seconds
+            until = window.train_until - self._trainer.settle_seconds
             if round_ >= 0 and self._may_start(until) and all(len(wiring) for wiring in self.driver.wirings):
                 before, began = self.driver.stats.microbatches, time.monotonic()
                 loss = await self._train(round_, until)
@@ -188,7 +273,7 @@ class Pipeline:
         self._microbatch_seconds = 0.8 * old + 0.2 * seconds if old else seconds
 
     def _batches(self, round_: Round) -> Iterator[Tensor]:
-        size, first = self._manifest.pipeline.microbatch, 0
+        size, first = self._around.manifest.pipeline.microbatch, 0
         while True:
             offsets = assigned_offsets(self._seed, TRAINER_MODULE, self._me, round_, first, size, self._corpus)
             yield self._corpus.batch(offsets)

@@ -13,14 +13,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
-
-import torch
 
 from potluck import __version__
 from potluck.dht.care import DIAL_SECONDS
@@ -29,51 +26,29 @@ from potluck.dht.invite import Invite, is_address
 from potluck.dht.manifest import Manifest, RunId, SignedManifest
 from potluck.dht.manifest import sign as sign_manifest
 from potluck.dht.template import load_toml
-from potluck.errors import ManifestError, NetworkError
-from potluck.net.blobs import BlobId, BlobRef
+from potluck.errors import NetworkError, PotluckError
 from potluck.net.clock import SAID_SECONDS, RunClock
-from potluck.net.fetch import fetch
 from potluck.net.identity import Identity
-from potluck.peer.build import MODULE, Parts, build, initial_state, outer_of, rules_of, same_draft
+from potluck.peer.build import MODULE, Parts, build, initial_state, rules_of, same_draft
 from potluck.peer.control import ControlServer
 from potluck.peer.events import EventLog, Twentieths
 from potluck.peer.hardware import choose_device
 from potluck.peer.home import Home, RunFolder
-from potluck.peer.node import NetworkSettings, Node
+from potluck.peer.node import Node
 from potluck.peer.pipeline import Pipeline, choose_stage
-from potluck.swarm.checkpoints import CheckpointStore, CheckpointWriter
-from potluck.swarm.codecs import CODEC_NAMES, make_codec
-from potluck.swarm.data import Corpus, assigned_offsets
-from potluck.swarm.exchange import NetworkExchange
-from potluck.swarm.layout import Flat
-from potluck.swarm.phases import Round
-from potluck.swarm.presence import Presence, new_session
+from potluck.peer.seat import Around, Seat
+from potluck.peer.settings import PeerSettings
+from potluck.swarm.codecs import CODEC_NAMES
+from potluck.swarm.presence import new_session
 from potluck.swarm.rounds import GossipReplica, RoundReport
 from potluck.swarm.stage import stage_names, stage_parameters
 from potluck.swarm.stage_trainer import StageTrainer
-from potluck.swarm.state import ReplicaState, parse_state, state_bytes
+from potluck.swarm.state import ReplicaState
 from potluck.swarm.waits import WaitBoard
 
 #: What a step or a fetch under way gets to end by itself when the peer is stopped.
 STOP_SECONDS = 1.0
-THETA_0_SECONDS = 300.0
 DIRECTORY_SECONDS = 30.0
-#: Held-out windows evaluated at the start of each round: the loss curve costs little beside the round's steps.
-EVALUATED_WINDOWS = 8
-
-
-@dataclass(frozen=True)
-class PeerSettings:
-    """This volunteer's own choices; the run's are in the manifest."""
-
-    name: str = ""
-    device: str = "auto"
-    threads: int | None = None
-    data: str | None = None
-    stage: int | None = None
-    keep_checkpoints: int = 3
-    on_event: Callable[[dict[str, Any]], None] | None = None
-    network: NetworkSettings = field(default_factory=NetworkSettings)
 
 
 class Peer:
@@ -157,7 +132,7 @@ class Peer:
 
 
 class Run:
-    """This peer's part in one run. `state` says what it is doing; `replica` is there once it has joined."""
+    """This peer's part in one run. `phase` says what it is doing; `seat` is where it trains, once it has joined."""
 
     def __init__(self, peer: Peer, folder: RunFolder, signed: SignedManifest | None, invite: Invite | None) -> None:
         self.peer, self.folder = peer, folder
@@ -168,7 +143,7 @@ class Run:
         if self.settings.on_event:
             self.events.subscribe(self.settings.on_event)
         self.phase = "starting"
-        self.replica: GossipReplica | None = None
+        self.seat: Seat | None = None
         relays = invite.peers if invite else ()
         self.node = Node(self.identity, folder, self.clock, self.events.emit, self.settings.network, relays)
         self._signed, self._invite = signed, invite
@@ -180,14 +155,12 @@ class Run:
         self._fetched, self._read = Twentieths(), Twentieths()
         self._training: asyncio.Task[Any] | None = None
         self._stopping = self._leaving = False
-        self._parts: Parts | None = None
-        self._directory: Directory | None = None
-        self.module = MODULE
         self.pipeline: Pipeline | None = None
-        self._checkpoints: CheckpointStore | None = None
-        self._writer: CheckpointWriter | None = None
-        self._presence: Presence | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._directory: Directory | None = None
+        #: Of the seat, and of the one that it moves to or comes from.
+        self._seats: dict[asyncio.Task[None], Seat] = {}
+        self._moving: asyncio.Task[None] | None = None
+        self._woken = asyncio.Event()
 
     # ---- joining --------------------------------------------------------------------------------------------
 
@@ -223,52 +196,40 @@ class Run:
         self.node.publish_manifest(self._signed)
         with self._phase("clock", "the clocks of connected peers", 6, "this machine's clock is taken as it is"):
             await self._check_clock()
+        module, parts = MODULE, None
         if self.manifest.model.stages == 1:
-            await self._build_parts()
+            parts = await self._build_parts(module)
         with self._phase("directory", "the run's directory", DIRECTORY_SECONDS, "the peer gives up"):
             try:
                 async with asyncio.timeout(DIRECTORY_SECONDS):
-                    await self._enter_directory()
+                    around = await self._enter_directory()
             except TimeoutError:
                 raise NetworkError(f"the run's directory did not open within {DIRECTORY_SECONDS:.0f} s") from None
-        if self._parts is None:
-            self.module = await self._choose_stage()
-            self.events.emit("peer.stage.chosen", module=self.module)
-            await self._build_parts()
-        assert self._parts
-        self.replica = self._make_replica(self._parts)
-        if isinstance(self._parts.trainer, StageTrainer):
-            self.pipeline = self._make_pipeline(self._parts.trainer, self._parts.corpus)
+        if parts is None:
+            held, spec = _held(self.folder, self.manifest), self.manifest.model
+            module = await choose_stage(around.directory, around.peer, spec, self.settings.stage, held)
+            self.events.emit("peer.stage.chosen", module=module)
+            parts = await self._build_parts(module)
+        self.seat = self._make_seat(around, module, parts)
+        if isinstance(parts.trainer, StageTrainer):
+            vocabulary = int(parts.trainer.stage.config.get_text_config().vocab_size)
+            self.pipeline = await asyncio.to_thread(
+                Pipeline, around, parts.corpus, vocabulary, partial(self._on_move, around), bound=self._bound
+            )
+            self.pipeline.serve(self.seat)
         if self._leaving:
-            self.replica.finish()
+            self.seat.replica.finish()
         self.phase = "training"
 
-    async def _build_parts(self) -> None:
+    @property
+    def _bound(self) -> bool:
+        return self.settings.stage is not None
+
+    async def _build_parts(self, module: str) -> Parts:
         with self._phase("building", "model and data to be built", 300, "it goes on: data may be large"):
-            self._parts = await asyncio.to_thread(self._build)
+            return await asyncio.to_thread(self._build, module)
 
-    async def _choose_stage(self) -> str:
-        assert self._directory
-        held = _held(self.folder, self.manifest)
-        stages = self.manifest.model.stages
-        return await choose_stage(self._directory, self.identity.peer_id, stages, self.settings.stage, held)
-
-    def _make_pipeline(self, trainer: StageTrainer, corpus: Corpus) -> Pipeline:
-        assert self._directory and self._presence
-        return Pipeline(
-            rpc=self.node.rpc,
-            run_id=self.run_id,
-            manifest=self.manifest,
-            module=self.module,
-            trainer=trainer,
-            corpus=corpus,
-            directory=self._directory,
-            presence=self._presence,
-            now=self.clock.now,
-            emit=self.events.emit,
-        )
-
-    def _build(self) -> Parts:
+    def _build(self, module: str) -> Parts:
         return build(
             self.manifest,
             self.settings.device,
@@ -276,25 +237,36 @@ class Run:
             self.settings.data,
             own_manifest=self.manifest.organizer == self.identity.peer_id,
             on_progress=self._on_reading,
-            name=self.module,
+            name=module,
         )
 
-    async def _enter_directory(self) -> None:
+    def _make_seat(self, around: Around, module: str, parts: Parts) -> Seat:
+        seat = Seat(around, module, parts, lambda name, **fields: self._on_event(seat, name, **fields))
+        return seat
+
+    async def _enter_directory(self) -> Around:
         rounds = self.manifest.rounds
-        self._directory = await self.node.join_dht(
+        directory = await self.node.join_dht(
             self.run_id,
             max_ahead_seconds=(rounds.retain + 3) * rounds.seconds + 60,
             wait_seconds=min(3.0, max(0.5, rounds.exchange_seconds / 4)),
         )
-        self._presence = Presence(
-            self._directory,
-            self.identity.peer_id,
-            role="organizer" if self.manifest.organizer == self.identity.peer_id else "worker",
-            name=self.settings.name,
+        return Around(
+            run_id=self.run_id,
+            manifest=self.manifest,
+            folder=self.folder,
+            node=self.node,
+            directory=directory,
+            clock=self.clock,
+            waits=self.waits,
             session=self._session,
+            name=self.settings.name,
+            keep_checkpoints=self.settings.keep_checkpoints,
+            addresses=await self.node.addresses(),
+            first_round=rules_of(self.manifest).clock.round_at(self.clock.now()),
             emit=self.events.emit,
+            on_progress=self._on_progress,
         )
-        self._presence.addresses = await self.node.addresses()
 
     async def _connect(self) -> None:
         invited = list(self._invite.peers) if self._invite else []
@@ -325,39 +297,6 @@ class Run:
         else:
             self.events.emit("peer.clock.checked", seconds=measured)
 
-    def _make_replica(self, parts: Parts) -> GossipReplica:
-        assert self._directory
-        manifest = self.manifest
-        self._checkpoints = CheckpointStore(
-            self.folder.checkpoints(self.module), self.run_id, self.settings.keep_checkpoints
-        )
-        self._writer = CheckpointWriter(
-            self._checkpoints, lambda error: self.events.emit("peer.checkpoint.failed", error=str(error))
-        )
-        return GossipReplica(
-            peer=self.identity.peer_id,
-            module=self.module,
-            rules=rules_of(manifest),
-            trainer=parts.trainer,
-            codec=make_codec(manifest.codec.name, manifest.codec.parameters),
-            outer=outer_of(manifest),
-            exchange=NetworkExchange(
-                self._directory,
-                self.node.rpc,
-                self.node.store,
-                retain_seconds=(manifest.rounds.retain + 2) * manifest.rounds.seconds,
-                keep_states=manifest.rounds.retain,
-                on_progress=self._on_progress,
-            ),
-            batches=self._batches,
-            held_out=parts.corpus.held_out_batch(EVALUATED_WINDOWS),
-            now=self.clock.now,
-            waits=self.waits,
-            emit=self._on_event,
-            session=self._session,
-            on_state=self._on_state,
-        )
-
     # ---- training -------------------------------------------------------------------------------------------
 
     async def train(self) -> None:
@@ -375,32 +314,79 @@ class Run:
                 raise
 
     async def _train(self) -> None:
-        assert self.replica and self._parts and self._presence
-        start, genuine = await self._starting_state(self._parts)
-        self._presence.first_round = rules_of(self.manifest).clock.round_at(self.clock.now())
+        assert self.seat
         care = [
             asyncio.create_task(self.node.keep_connected()),
             asyncio.create_task(self.clock.keep_checked(self.node.rpc, self.node.connected, self.events.emit)),
             asyncio.create_task(self.node.until_daemon_fails()),
-            asyncio.create_task(self._until_taken()),
         ]
         if self.pipeline:
             care.append(asyncio.create_task(self.pipeline.run()))
-        training = asyncio.create_task(self.replica.run(start, None if genuine else self._download_theta_0))
+        for task in care:
+            task.add_done_callback(self._wake)
+        self._sit(self.seat)
         try:
-            await asyncio.wait([training, *care], return_when=asyncio.FIRST_COMPLETED)
-            for task in (*care, training):
-                if task.done() and not task.cancelled():
-                    await task
+            while self.seat in self._seats.values():
+                await self._woken.wait()
+                self._woken.clear()
+                for task in (*care, *self._seats, *filter(None, [self._moving])):
+                    if task.done() and not task.cancelled():
+                        await task
+                for seat in self._seats.values():
+                    if seat.presence.taken.done():
+                        raise seat.presence.taken.result()
+                self._seats = {task: seat for task, seat in self._seats.items() if not task.done()}
         finally:
-            self.replica.stop()
-            await asyncio.wait([training], timeout=STOP_SECONDS)
-            for task in (training, *care, *self._tasks):
+            if self._moving:
+                self._moving.cancel()
+            for seat in self._seats.values():
+                seat.replica.stop()
+            if self._seats:
+                await asyncio.wait(self._seats, timeout=STOP_SECONDS)
+            tasks = [*self._seats, *care, *filter(None, [self._moving])]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(training, *care, *self._tasks, return_exceptions=True)
-            if self._writer:
-                await self._writer.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self.phase = "left"
+
+    def _sit(self, seat: Seat, kept: ReplicaState | None = None) -> None:
+        task = asyncio.create_task(seat.run(kept))
+        self._seats[task] = seat
+        task.add_done_callback(self._wake)
+        seat.presence.taken.add_done_callback(self._wake)
+
+    def _wake(self, _: object) -> None:
+        self._woken.set()
+
+    # ---- moving to another stage ----------------------------------------------------------------------------
+
+    def _on_move(self, around: Around, module: str) -> None:
+        if self._leaving or self._stopping or (self._moving and not self._moving.done()):
+            return
+        self._moving = asyncio.create_task(self._move(around, module))
+        self._moving.add_done_callback(self._wake)
+
+    async def _move(self, around: Around, module: str) -> None:
+        """Build the stage and take over its state first; only then is the old one left, after its round."""
+        old, pipeline = self.seat, self.pipeline
+        assert old and pipeline
+        self.events.emit("swarm.move.started", module=module, left=old.module)
+        try:
+            parts = await asyncio.to_thread(self._build, module)
+        except PotluckError as error:
+            self.events.emit("swarm.move.failed", module=module, error=str(error))
+            return
+        kept = await pipeline.stop_keeping(module)
+        new = self._make_seat(around, module, parts)
+        self._sit(new, kept)
+        await new.loaded.wait()
+        self.seat = new
+        pipeline.serve(new)
+        old.replica.finish()
+        self.events.emit("peer.stage.chosen", module=module)
+        await asyncio.wait([task for task, seat in self._seats.items() if seat is old])
+        pipeline.leave(old.module)
+        self.events.emit("swarm.move.done", module=module, left=old.module)
 
     async def rounds(self, at_most: int | None = None) -> AsyncIterator[RoundReport]:
         """Train, and yield each round's report as it is applied. `at_most`: leave after so many rounds."""
@@ -422,77 +408,16 @@ class Run:
             self._training.cancel()
         self._stopping = True
 
-    async def _starting_state(self, parts: Parts) -> tuple[ReplicaState, bool]:
-        """The newest checkpoint, else theta_0 as this machine draws it from the seed; False if that is not the run's.
-
-        Unlike processors may draw unlike bits. Then the group's state, or theta_0 from another peer, takes its place.
-        """
-        assert self._checkpoints and self.replica
-        saved = await asyncio.to_thread(self._checkpoints.latest, parts.theta_0.layout, self.module)
-        if saved:
-            if self.replica.residual is not None and saved.residual is not None:
-                self.replica.residual[:] = saved.residual
-            self.events.emit("peer.checkpoint.loaded", round=saved.state.round)
-            return saved.state, True
-        wanted = self.manifest.model.initial_state
-        genuine = wanted is None or wanted == parts.theta_0.digest
-        if not genuine:
-            self.events.emit("peer.theta0.differs", ours=parts.theta_0.digest, wanted=wanted)
-        return parts.theta_0, genuine
-
-    async def _download_theta_0(self) -> ReplicaState:
-        assert self._parts and self.manifest.model.initial_state
-        ours = self._parts.theta_0
-        size = state_bytes(ours.layout, ours.velocity is not None)
-        if self.manifest.model.initial_bytes != size:
-            raise ManifestError("model.initial_bytes does not fit the model that the manifest describes")
-        until = self.clock.now() + THETA_0_SECONDS
-        with self.waits.waiting(f"theta_0 ({size / 2**20:.1f} MiB) from connected peers", until, "the peer gives up"):
-            fetched = await fetch(
-                self.node.rpc,
-                BlobRef(BlobId(self.manifest.model.initial_state), size),
-                await self.node.connected(),
-                timeout_seconds=THETA_0_SECONDS,
-                max_bytes=size,
-                store=self.node.store,
-                on_progress=self._on_progress,
-            )
-        return parse_state(fetched, self.module, ours.layout, ours.velocity is not None)
-
-    def _batches(self, round_: Round) -> Iterator[torch.Tensor]:
-        assert self._parts
-        size = self.manifest.training.batch_size
-        seed = self.run_id.encode() + self.manifest.data.seed.to_bytes(8, "big")
-        first = 0
-        while True:
-            offsets = assigned_offsets(seed, MODULE, self.identity.peer_id, round_, first, size, self._parts.corpus)
-            yield self._parts.corpus.batch(offsets)
-            first += size
-
-    async def _on_state(self, state: ReplicaState, residual: Flat | None) -> None:
-        assert self._writer
-        self._writer.save(state, residual)
-        if state.round == 0:
-            # theta_0 stays available for those whose machines draw other initial weights from the seed.
-            await asyncio.to_thread(lambda: self.node.store.put(b"".join(state.buffers), pin=True))
-        await self._announce(state)
-
-    async def _announce(self, state: ReplicaState) -> None:
-        assert self._presence and self.replica
-        seconds = self.manifest.rounds.seconds
-        self._background(self._presence.announce(state, self.replica.shards, self.clock.now(), seconds))
-
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
-        """A task that is owned: it ends with the run."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _until_taken(self) -> None:
-        assert self._presence
-        raise await self._presence.taken
-
     # ---- telling --------------------------------------------------------------------------------------------
+
+    @property
+    def replica(self) -> GossipReplica | None:
+        return self.seat.replica if self.seat else None
+
+    @property
+    def last(self) -> RoundReport | None:
+        """The last round's report."""
+        return self.replica.last if self.replica else None
 
     @property
     def manifest(self) -> Manifest:
@@ -510,7 +435,7 @@ class Run:
         return Invite(self.run_id, tuple(filter(is_address, dict.fromkeys([*own[:2], *others[:3]]))))
 
     async def status(self) -> dict[str, Any]:
-        replica, last = self.replica, self.replica.last if self.replica else None
+        replica, last = self.replica, self.last
         return {
             "run": self.run_id,
             "run_name": self.manifest.name if self._signed else None,
@@ -527,7 +452,7 @@ class Run:
             "group": list(last.group) if last else [],
             "agree": last.agree if last else None,
             "clock_offset_seconds": self.clock.offset,
-            "module": self.module,
+            "module": self.seat.module if self.seat else None,
             "pipeline": self.pipeline.status() if self.pipeline else None,
             **await self._network_status(),
         }
@@ -545,7 +470,7 @@ class Run:
         }
 
     async def why(self) -> dict[str, Any]:
-        last = self.replica.last if self.replica else None
+        last = self.last
         return {
             "phase": self.phase,
             "now": self.clock.now(),
@@ -568,16 +493,19 @@ class Run:
         if self._fetched.passed(done, total):
             self.events.emit("swarm.state.progress", bytes=done, of=total)
 
-    def _on_event(self, name: str, **fields: Any) -> None:
-        self.events.emit(name, **fields)
-        if name == "swarm.round.applied" and self.replica and self.replica.last:
-            self._reports.put_nowait(self.replica.last)
-            if self.pipeline:
-                self.pipeline.counted(fields["round"])
+    def _on_event(self, seat: Seat, name: str, **fields: Any) -> None:
+        """Of a seat's replica. Who moves applies two modules' rounds for a while; the new one's are reported."""
+        self.events.emit(name, **({"module": seat.module} | fields if self.pipeline else fields))
+        if name != "swarm.round.applied":
+            return
+        if self.pipeline:
+            self.pipeline.counted(seat, fields["round"])
+        if seat is self.seat and seat.replica.last:
+            self._reports.put_nowait(seat.replica.last)
             if self._rounds_left is not None:
                 self._rounds_left -= 1
                 if self._rounds_left == 0:
-                    self.replica.finish()
+                    seat.replica.finish()
 
     def _on_reading(self, done: int, total: int) -> None:
         """Of the training data, from the building thread."""

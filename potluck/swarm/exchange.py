@@ -154,6 +154,12 @@ class NetworkExchange:
         )
         return into, report.bytes_by_holder
 
+    def close(self) -> None:
+        """Serve no states any more."""
+        for state in self._states:
+            self._store.drop_memory(state.digest)
+        self._states.clear()
+
     def _keep(self, blob: BlobId) -> None:
         """Contributions go when nobody can need them any more; the quota is only the last resort."""
         now = asyncio.get_running_loop().time()

@@ -148,6 +148,15 @@ class Follower:
             self._stop.set()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
+    async def peek(self, placeholder: ReplicaState) -> ReplicaState | None:
+        """The group's state now; None if nobody gives one."""
+        self.state = placeholder
+        try:
+            return self._state if await self._load_group("looked at") else None
+        finally:
+            self._stop.set()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
     # ---- pull, aggregate, outer step, agree ------------------------------------------------------------------------
 
     async def _pull_once(self, round_: Round, pull_by: float, view: View, late: bool = False) -> bool:

@@ -70,6 +70,10 @@ class Layout:
     def zeros(self) -> Flat:
         return np.zeros(self.size, dtype=np.float32)
 
+    def tensors(self, flat: Flat) -> dict[str, torch.Tensor]:
+        """Views into a flat vector, by name."""
+        return {slot.name: torch.from_numpy(flat[slot.range].reshape(slot.shape)) for slot in self.slots}
+
     def gather(self, module: torch.nn.Module) -> Flat:
         """A module's parameters as one flat CPU vector (a copy)."""
         flat = self.empty()

@@ -13,6 +13,7 @@ from potluck.dht.records import Replica
 from potluck.dht.shards import shard_of
 from potluck.errors import IdentityError, PotluckError
 from potluck.net.host import PeerId
+from potluck.swarm.phases import Round
 from potluck.swarm.state import ReplicaState
 
 _TIMEOUT_SECONDS = 5.0
@@ -34,6 +35,7 @@ class Presence:
         self.addresses: Sequence[str] = ()
         #: Of the replica, as `Replica` defines them.
         self.load = self.throughput = 0.0
+        self.moving = False
         #: The round in which this process began: what our former self left in the directory is older.
         self.first_round = 0
         self.taken: asyncio.Future[IdentityError] = asyncio.get_running_loop().create_future()
@@ -41,26 +43,39 @@ class Presence:
         self.started = time.time()
         self._announced: int | None = None
 
-    async def announce(self, state: ReplicaState, shards: int, now: float, round_seconds: float) -> None:
-        """Unless it was done in the round before. `now` in UTC seconds."""
-        if self._announced is not None and 0 <= state.round - self._announced < ANNOUNCE_EVERY:
+    async def announce(
+        self, state: ReplicaState, shards: int, now: float, round_seconds: float, every: int = ANNOUNCE_EVERY
+    ) -> None:
+        """Once in `every` rounds. `now` in UTC seconds."""
+        if self._announced is not None and 0 <= state.round - self._announced < every:
             return
         self._announced = state.round
+        digest = bytes.fromhex(state.digest)
+        await self._publish(state.module, state.round, digest, shard_of(self._peer, 0, shards), now, round_seconds)
+
+    async def announce_coming(self, module: str, round_: Round, now: float, round_seconds: float) -> None:
+        """That this peer is on its way to a module: it counts there, though it has no state yet."""
+        await self._publish(module, round_, None, 0, now, round_seconds)
+
+    async def _publish(
+        self, module: str, round_: Round, digest: bytes | None, shard: int, now: float, round_seconds: float
+    ) -> None:
         record = Replica(
-            module=state.module,
-            shard=shard_of(self._peer, 0, shards),
-            round=state.round,
+            module=module,
+            shard=shard,
+            round=round_,
             role=self._role,
-            digest=bytes.fromhex(state.digest),
+            digest=digest,
             load=self.load,
             throughput=self.throughput,
+            moving=self.moving,
             session=self.session,
             started=self.started,
             addresses=list(self.addresses[:4]),
             name=self._name,
         )
         try:
-            view = await self._directory.replicas(state.module, record.shard, timeout_seconds=_TIMEOUT_SECONDS)
+            view = await self._directory.replicas(module, shard, timeout_seconds=_TIMEOUT_SECONDS)
             self._check([signed.record for signed in view.records if signed.peer == self._peer])
             await self._directory.publish(record, now + LASTS_ROUNDS * round_seconds, _TIMEOUT_SECONDS)
         except PotluckError as error:

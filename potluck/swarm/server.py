@@ -90,6 +90,9 @@ class StageServer:
     def host(self, module: str, trainer: StageTrainer) -> None:
         self._hosted[module] = trainer
 
+    def leave(self, module: str) -> None:
+        self._hosted.pop(module, None)
+
     # ---- handlers -------------------------------------------------------------------------------------------
 
     async def _forward(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:

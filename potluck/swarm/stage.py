@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from potluck.errors import ManifestError, StateError
+from potluck.swarm.layout import Layout
 from potluck.swarm.model import ModelSpec, count_parameters, transformers_config
 
 
@@ -48,6 +49,19 @@ def hidden_size(spec: ModelSpec) -> int:
 def stage_parameters(spec: ModelSpec) -> tuple[int, ...]:
     """How many each stage has (4 bytes each), nothing allocated. Raises ManifestError as `build_stage` does."""
     return tuple(sum(shape.numel() for shape in shapes.values()) for shapes in _Cut(spec).shapes)
+
+
+def stage_work(spec: ModelSpec) -> tuple[float, ...]:
+    """Compute per token of each stage, relative to the mean: by its parameters, lookups left out."""
+    cut = _Cut(spec)
+    sizes = [sum(s.numel() for name, s in shapes.items() if name not in cut.lookups) for shapes in cut.shapes]
+    return tuple(size * len(sizes) / max(1, sum(sizes)) for size in sizes)
+
+
+def stage_layout(spec: ModelSpec, module: str) -> Layout:
+    """Of a stage that is not built here. Raises ManifestError as `build_stage` does."""
+    shapes = _Cut(spec).shapes[stage_names(spec.stages).index(module)]
+    return Layout.of((name, tuple(shape)) for name, shape in shapes.items())
 
 
 def join_stages(spec: ModelSpec, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -199,6 +213,8 @@ class _Cut:
         tensors = dict(self.whole.named_parameters())
         if len(tensors) < sum(1 for _ in self.whole.named_parameters(remove_duplicate=False)):
             raise self.refusal("modules share parameters")
+        embeddings = (name for name, module in self.whole.named_modules() if isinstance(module, nn.Embedding))
+        self.lookups = {f"{name}.weight" for name in embeddings}
         self.constants = self.whole.state_dict().keys() - tensors.keys()
         lists = {n: m for n, m in self.whole.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
         outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]

@@ -21,7 +21,7 @@ from potluck.errors import NetworkError, RpcRefused, RpcRemoteError, RpcTimeout,
 from potluck.net.host import PeerId
 from potluck.net.rpc import Reply, Rpc
 from potluck.net.wire import Buffer
-from potluck.swarm.activations import encode_tokens, encoded_bytes
+from potluck.swarm.activations import checked_shape, decode, encode_tokens, encoded_bytes
 from potluck.swarm.server import ID_BYTES, Shapes, StageFailed
 from potluck.swarm.stage import stage_names
 from potluck.swarm.wiring import Wiring
@@ -134,20 +134,29 @@ class PipelineTrainer:
         return mean
 
     async def evaluate(self, tokens: Tensor) -> float:
-        """Mean loss in nats per token of (B, T + 1), nothing counted."""
+        """Mean loss in nats per token of (B, T + 1), nothing counted. Raises PipelineBroken."""
         one = _Microbatch(tokens[:, :-1], tokens[:, 1:])
-        shape, body = [*one.tokens_BT.shape], encode_tokens(one.tokens_BT)
-        for k in range(len(self._names) - 1):
-            _, reply = await self._ask(k, "forward", one, {"shape": shape, "train": False}, body)
-            shape, body = reply.head["shape"], bytes(reply.body)
-        _, reply = await self._ask(
-            len(self._names) - 1,
-            "loss",
-            one,
-            {"shape": shape, "train": False},
-            b"".join([body, encode_tokens(one.targets_BT)]),
-        )
+        head, body = await self._to_the_last(one)
+        both = b"".join([body, encode_tokens(one.targets_BT)])
+        _, reply = await self._ask(len(self._names) - 1, "loss", one, head, both)
         return float(reply.head["loss"]) / one.size
+
+    async def next_token(self, tokens_BT: Tensor) -> Tensor:
+        """Logits (B, V) of the token after each sequence. Raises PipelineBroken."""
+        one = _Microbatch(tokens_BT, tokens_BT)
+        head, body = await self._to_the_last(one)
+        allowed = tokens_BT.shape[0], self._shapes.vocabulary
+        _, reply = await self._ask(len(self._names) - 1, "forward", one, head, body, encoded_bytes(allowed, "none"))
+        return decode(checked_shape(reply.head, allowed, exact_last=True), reply.body, "none")
+
+    async def _to_the_last(self, one: _Microbatch) -> tuple[dict[str, Any], Buffer]:
+        """Forward, not to be trained: head and body of the request to the last stage."""
+        head: dict[str, Any] = {"shape": [*one.tokens_BT.shape], "train": False}
+        body: Buffer = encode_tokens(one.tokens_BT)
+        for k in range(len(self._names) - 1):
+            _, reply = await self._ask(k, "forward", one, head, body)
+            head, body = {**head, "shape": reply.head["shape"]}, reply.body
+        return head, body
 
     # ---- driven from here -----------------------------------------------------------------------------------
 
@@ -187,9 +196,10 @@ class PipelineTrainer:
         return await self._ask(k, "backward", one, head, b"".join([grad, x]))
 
     async def _ask(
-        self, k: int, method: str, one: _Microbatch, head: Mapping[str, Any], body: Buffer
+        self, k: int, method: str, one: _Microbatch, head: Mapping[str, Any], body: Buffer, most: int | None = None
     ) -> tuple[PeerId, Reply]:
-        """From whichever server of stage k does it. Raises PipelineBroken."""
+        """From whichever server of stage k does it. `most`: bytes of the answer, activations' by default. Raises
+        PipelineBroken."""
         tried: set[PeerId] = set()
         why = "nobody serves it"
         failures = 0
@@ -203,7 +213,7 @@ class PipelineTrainer:
                 await asyncio.sleep(min(2.0, max(0.1, back - self._utc())) if back else 1.0)
                 continue
             try:
-                return server, await self._call(k, server, method, one, head, body)
+                return server, await self._call(k, server, method, one, head, body, most)
             except RpcRefused as error:
                 await asyncio.sleep(error.retry_after_seconds)
             except NetworkError as error:
@@ -215,7 +225,14 @@ class PipelineTrainer:
         raise PipelineBroken(f"{self._names[k]}: {why}")
 
     async def _call(
-        self, k: int, server: PeerId, method: str, one: _Microbatch, head: Mapping[str, Any], body: Buffer
+        self,
+        k: int,
+        server: PeerId,
+        method: str,
+        one: _Microbatch,
+        head: Mapping[str, Any],
+        body: Buffer,
+        most: int | None = None,
     ) -> Reply:
         shapes, began = self._shapes, self._now()
         reply = await self._rpc.call(
@@ -224,7 +241,7 @@ class PipelineTrainer:
             {"module": self._names[k], "id": one.id, **head},
             body,
             timeout_seconds=self._timeout(k, server, one),
-            max_response_bytes=encoded_bytes((*one.tokens_BT.shape, shapes.hidden), shapes.codec),
+            max_response_bytes=most or encoded_bytes((*one.tokens_BT.shape, shapes.hidden), shapes.codec),
             lane="bulk",
         )
         self.wirings[k].succeeded(server, one.size, self._now() - began)

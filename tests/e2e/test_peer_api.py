@@ -47,16 +47,16 @@ def test_a_peer_whose_seed_gives_other_weights_downloads_theta_0(monkeypatch: py
             monkeypatch.setattr(build, "state_of", shifted)
             hosted = await organizer.host(write_manifest(folder, rounds__seconds=60.0))
             training = asyncio.create_task(hosted.train())
-            while hosted.replica is None or hosted.replica.state is None:
+            while hosted.seat is None or hosted.seat.replica.state is None:
                 await asyncio.sleep(0.05)
             monkeypatch.setattr(build, "state_of", ours)
             joined = await joiner.join(await hosted.invite())
-            assert joined._parts is not None
+            assert joined.seat is not None
             wanted = hosted.manifest.model.initial_state
-            assert joined._parts.theta_0.digest != wanted
-            state, genuine = await joined._starting_state(joined._parts)
+            assert joined.seat.parts.theta_0.digest != wanted
+            state, genuine = await joined.seat.starting_state()
             assert not genuine and state.digest != wanted
-            assert (await joined._download_theta_0()).digest == wanted
+            assert (await joined.seat.download_theta_0()).digest == wanted
             hosted.stop()
             await training
 

@@ -58,6 +58,47 @@ def test_two_stages_of_two_peers_train_and_a_killed_one_comes_back_to_its_stage(
     run_party(body)
 
 
+@pytest.mark.timeout(480)
+def test_a_stage_whose_replicas_all_die_comes_back_from_a_snapshot_with_somebody_who_moves_there() -> None:
+    async def body(party: Party) -> None:
+        manifest = write_manifest(party.root, **STAGES)
+        organizer = await party.start("org", "host", str(manifest))
+        invite = str(organizer.status["invite"])
+        members = [organizer]
+        for number in (1, 2, 3):  # one after another: each goes where it is missed
+            await party.until("it to be announced", lambda: bool(members[-1].of("swarm.round.applied")), 60)
+            members.append(await party.start(f"w{number}", "join", invite))
+        lost = next(stage for stage in ("stage.0", "stage.1") if stage != organizer.module)
+        dying = [m for m in members if m.module == lost]
+        staying = [m for m in members if m.module != lost]
+        assert len(dying) == len(staying) == 2, [m.module for m in members]
+
+        def keeps(member: Member) -> bool:
+            return any(e["module"] == lost for e in member.of("swarm.snapshot.kept"))
+
+        await party.until("snapshots to be kept", lambda: all(map(keeps, staying)), 120)
+        await party.until("everybody to train", lambda: all(trained(m) >= 12 for m in members), 180)
+        before = organizer.last_of("swarm.pipeline.trained")
+        await asyncio.gather(*map(party.kill, dying))
+        rounds = [m.last["round"] for m in staying]
+        await party.until("somebody to move", lambda: any(m.of("swarm.move.done") for m in staying), 240)
+        mover = next(m for m in staying if m.module == lost)
+        assert len([m for m in staying if m.module != lost]) == 1  # the last of a stage is never asked
+        count = {m.name: trained(m) for m in staying}
+        await party.until("both to train", lambda: all(trained(m) > count[m.name] + 4 for m in staying), 120)
+        after = organizer.last_of("swarm.pipeline.trained")
+        assert after["loss"] < before["loss"] + 0.3  # not from the beginning
+        assert "swarm.state.failed" not in {e["event"] for e in mover.events[-50:]}
+        await party.leave_all(staying)
+        for member, first in zip(staying, rounds, strict=True):
+            assert member.last["round"] > first
+
+        counted = counted_microbatches(members)
+        assert counted and max(counted.values()) == 1
+
+    run_party(body)
+
+
 def test_what_cannot_be_cut_is_refused_with_the_setting_and_the_fix() -> None:
     with short_folder() as folder:
         manifest = write_manifest(folder, model__stages=2, model__config__tie_word_embeddings=True)

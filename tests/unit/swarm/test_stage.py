@@ -25,8 +25,10 @@ from potluck.swarm.stage import (
     hidden_size,
     join_stages,
     layer_ranges,
+    stage_layout,
     stage_names,
     stage_parameters,
+    stage_work,
 )
 
 SMALL: dict[str, Any] = {
@@ -323,3 +325,16 @@ def test_families_that_are_no_plain_chain_are_refused(family: str, config: dict[
     with pytest.raises(ManifestError, match=why):
         for k in range(2):
             build_stage(ModelPart(family=family, config=config, seed=1, stages=2), f"stage.{k}")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_stages_layout_is_known_without_building_it(family: str) -> None:
+    spec = spec_of(family, stages=3)
+    for name, stage in zip(stage_names(3), stages_of(spec), strict=True):
+        assert stage_layout(spec, name) == Layout.of_module(stage)
+
+
+def test_work_counts_the_head_and_no_lookups() -> None:
+    work = stage_work(spec_of("llama", stages=3, num_hidden_layers=6, vocab_size=4096))
+    assert sum(work) == pytest.approx(3)
+    assert work[0] == work[1] < work[2]  # two layers each; the head is 32 x 4096 more

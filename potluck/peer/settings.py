@@ -1,0 +1,23 @@
+"""A volunteer's own choices for one peer; the run's are in the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from potluck.peer.node import NetworkSettings
+
+
+@dataclass(frozen=True)
+class PeerSettings:
+    """`stage`: of a pipeline, the one to serve for good; None: where one more is missed most, and it may change."""
+
+    name: str = ""
+    device: str = "auto"
+    threads: int | None = None
+    data: str | None = None
+    stage: int | None = None
+    keep_checkpoints: int = 3
+    on_event: Callable[[dict[str, Any]], None] | None = None
+    network: NetworkSettings = field(default_factory=NetworkSettings)

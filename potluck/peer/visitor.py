@@ -1,0 +1,190 @@
+"""A visitor looks at a run without taking part: with an identity of its own, and nothing of it stays on the disk.
+
+So the parts of a model that lies on many peers come together, as one model or only for as long as a text takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import nn
+
+from potluck.dht.invite import Invite
+from potluck.dht.manifest import Manifest, RunId, SignedManifest
+from potluck.errors import NetworkError, PotluckError, UserError
+from potluck.net.clock import RunClock
+from potluck.net.identity import Identity
+from potluck.peer.build import rules_of
+from potluck.peer.control import ask
+from potluck.peer.home import Home, RunFolder
+from potluck.peer.node import NetworkSettings, Node
+from potluck.peer.pipeline import read_stages
+from potluck.peer.seat import Around
+from potluck.swarm.codecs import CODEC_NAMES
+from potluck.swarm.follower import Follower
+from potluck.swarm.layout import Layout
+from potluck.swarm.model import ModelSpec, build_module, transformers_config
+from potluck.swarm.phases import Round
+from potluck.swarm.presence import new_session
+from potluck.swarm.server import Shapes
+from potluck.swarm.stage import hidden_size, join_stages, stage_layout, stage_names
+from potluck.swarm.state import ReplicaState
+from potluck.swarm.trainer import PipelineTrainer
+from potluck.swarm.waits import WaitBoard
+
+DIRECTORY_SECONDS: Final = 30.0
+
+Progress = Callable[[int, int], None]
+
+
+class Visitor:
+    """Made by `visit`. All that it gives is as the run's peers agree on it at this moment."""
+
+    def __init__(self, around: Around) -> None:
+        self.manifest: Manifest = around.manifest
+        self._around = around
+        self._bytes: dict[str, tuple[int, int]] = {}
+
+    async def states(self) -> dict[str, ReplicaState]:
+        """Each stage's state, by majority of those who train it. Raises NetworkError where nobody gives one."""
+        names = stage_names(self.manifest.model.stages)
+        return dict(zip(names, await asyncio.gather(*map(self._state, names)), strict=True))
+
+    async def model(self) -> tuple[nn.Module, Round]:
+        """(the whole model, the least round of its stages). It has to fit into this machine's memory."""
+        states, spec = await self.states(), self.manifest.model
+        round_ = min(state.round for state in states.values())
+        whole = await asyncio.to_thread(build_module, spec.model_copy(update={"stages": 1}))
+        if spec.stages == 1:
+            (state,) = states.values()
+            state.layout.scatter(state.theta, whole)
+        else:
+            tensors = {name: state.layout.tensors(state.theta) for name, state in states.items()}
+            whole.load_state_dict(join_stages(spec, tensors), strict=False)
+        return whole.eval(), round_
+
+    async def generate(
+        self, ids: list[int], tokens: int, temperature: float, seed: int, on_token: Callable[[int], None]
+    ) -> None:
+        """Continue a text: each token goes through the stages' servers, between the microbatches that they train."""
+        manifest, dice = self.manifest, torch.Generator().manual_seed(seed)
+        spec = manifest.model
+        vocabulary = int(transformers_config(spec).get_text_config().vocab_size)
+        length = manifest.data.sequence_length
+        shapes = Shapes(
+            manifest.pipeline.microbatch, length, hidden_size(spec), vocabulary, manifest.pipeline.activations
+        )
+        driver = PipelineTrainer(self._around.node.rpc, spec.stages, shapes, now=self._around.clock.now)
+        for wiring, row in zip(driver.wirings, await read_stages(self._around.directory, spec.stages), strict=True):
+            serving = (one for one in row if one.record.digest and one.record.role != "observer")
+            wiring.update({one.peer: one.expires_at + 3600.0 for one in serving}, self._around.clock.now())
+        for _ in range(tokens):
+            logits_V = (await driver.next_token(torch.tensor([ids[-length:]])))[0]
+            if temperature > 0:
+                token = int(torch.multinomial(torch.softmax(logits_V / temperature, 0), 1, generator=dice))
+            else:
+                token = int(logits_V.argmax())
+            ids.append(token)
+            on_token(token)
+
+    async def _state(self, module: str) -> ReplicaState:
+        around = replace(self._around, on_progress=partial(self._on_progress, module))
+        layout = await asyncio.to_thread(_layout, self.manifest.model, module)
+        exchange = around.exchange()
+        follower = Follower(layout, **around.following(module, exchange, around.emit))
+        velocity = layout.zeros() if self.manifest.outer.momentum > 0 else None
+        try:
+            found = await follower.peek(ReplicaState(module, layout, Round(0), layout.zeros(), velocity))
+        finally:
+            exchange.close()
+        if found is None:
+            raise NetworkError(f"{module}: no peer gave its state. See `potluck status` of a peer of the run")
+        return found
+
+    def _on_progress(self, module: str, done: int, total: int) -> None:
+        self._bytes[module] = done, total
+        self._around.on_progress(sum(d for d, _ in self._bytes.values()), sum(t for _, t in self._bytes.values()))
+
+
+def _layout(spec: ModelSpec, module: str) -> Layout:
+    return stage_layout(spec, module) if spec.stages > 1 else Layout.of_module(build_module(spec))
+
+
+@asynccontextmanager
+async def visit(
+    run_id: RunId,
+    addresses: list[str],
+    signed: SignedManifest | None = None,
+    on_progress: Progress = lambda done, total: None,
+) -> AsyncIterator[Visitor]:
+    """Connect to a run by the addresses of some of its peers. Raises NetworkError, ManifestError, ClockError."""
+    with tempfile.TemporaryDirectory(prefix="pl") as name:  # short: unix sockets allow 107 characters of path
+        folder = Home(Path(name)).run(run_id)
+        folder.path.mkdir(parents=True)
+        folder.sockets.mkdir(parents=True, mode=0o700)
+        clock = RunClock()
+        node = Node(
+            Identity.create(Path(name) / "identity.key"),
+            folder,
+            clock,
+            lambda name, **fields: None,
+            NetworkSettings(nat_port_map=False),
+        )
+        async with node:
+            results = await node.dial(addresses)
+            if not any(isinstance(result, str) for result in results.values()):
+                why = "; ".join(f"{address}: {' '.join(str(error).split())}" for address, error in results.items())
+                raise NetworkError(f"no peer of the run can be reached ({why or 'no address is known'})")
+            signed = signed or await node.fetch_manifest(Invite(run_id, tuple(addresses)))
+            manifest = signed.manifest
+            manifest.check_known(codecs=CODEC_NAMES)
+            measured = await clock.measure(node.rpc, await node.connected())
+            if measured is not None:
+                clock.correct(measured)
+            rounds = manifest.rounds
+            async with asyncio.timeout(DIRECTORY_SECONDS):
+                directory = await node.join_dht(
+                    run_id,
+                    max_ahead_seconds=(rounds.retain + 3) * rounds.seconds + 60,
+                    wait_seconds=min(3.0, max(0.5, rounds.exchange_seconds / 4)),
+                )
+            yield Visitor(
+                Around(
+                    run_id=run_id,
+                    manifest=manifest,
+                    folder=folder,
+                    node=node,
+                    directory=directory,
+                    clock=clock,
+                    waits=WaitBoard(clock.now),
+                    session=new_session(),
+                    name="",
+                    keep_checkpoints=1,
+                    addresses=[],
+                    first_round=rules_of(manifest).clock.round_at(clock.now()),
+                    emit=lambda name, **fields: None,
+                    on_progress=on_progress,
+                )
+            )
+
+
+async def addresses_of(folder: RunFolder) -> list[str]:
+    """Peers of a run that this home takes part in: itself if it runs now, and those it knew last. Raises UserError."""
+    addresses = folder.peers()
+    try:
+        status = await ask(folder.control_socket, "status")
+        if status.get("invite"):
+            addresses = [*Invite.parse(status["invite"]).peers, *addresses]
+    except (PotluckError, OSError):
+        pass  # it does not run now
+    if not addresses:
+        raise UserError(f"run {folder.run_id[:8]}: no other peer is known here: give a fresh invite instead of its id")
+    return list(dict.fromkeys(addresses))

@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
-from potluck.cli.options import HomeOption, JsonOption, RunOption
+from potluck.cli.options import HomeOption, JsonOption
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "def ",
     home: HomeOption = None,
-    run: RunOption = None,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", help="First characters of a run id (default: the latest), or an invite."),
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, max=100_000, help="Tokens to add.")] = 200,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0: the likeliest.")] = 0.7,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,

@@ -35,8 +35,9 @@ class Source:
 
     @classmethod
     async def of(cls, run: str | None, home: Path) -> Source:
-        """`run`: an invite, or the first characters of the id of a run of this home; None: the latest. Raises UserError,
-        StateError, ManifestError."""
+        """`run`: an invite, or the first characters of the id of a run of this home (None: the latest).
+
+        Raises UserError, StateError or ManifestError."""
         if run and run.startswith("potluck:"):
             invite = Invite.parse(run)
             return cls(invite.run_id, None, None, list(invite.peers))

@@ -55,8 +55,11 @@ class Visitor:
 
     async def states(self) -> dict[str, ReplicaState]:
         """Each stage's state, by majority of those who train it. Raises NetworkError where nobody gives one."""
-        names = stage_names(self.manifest.model.stages)
-        return dict(zip(names, await asyncio.gather(*map(self._state, names)), strict=True))
+        spec = self.manifest.model
+        names = stage_names(spec.stages)
+        # In one thread: libraries that import themselves lazily do not like two.
+        layouts = await asyncio.to_thread(lambda: [_layout(spec, name) for name in names])
+        return dict(zip(names, await asyncio.gather(*map(self._state, names, layouts)), strict=True))
 
     async def model(self) -> tuple[nn.Module, Round]:
         """(the whole model, the least round of its stages). It has to fit into this machine's memory."""
@@ -95,9 +98,8 @@ class Visitor:
             ids.append(token)
             on_token(token)
 
-    async def _state(self, module: str) -> ReplicaState:
+    async def _state(self, module: str, layout: Layout) -> ReplicaState:
         around = replace(self._around, on_progress=partial(self._on_progress, module))
-        layout = await asyncio.to_thread(_layout, self.manifest.model, module)
         exchange = around.exchange()
         follower = Follower(layout, **around.following(module, exchange, around.emit))
         velocity = layout.zeros() if self.manifest.outer.momentum > 0 else None

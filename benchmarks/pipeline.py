@@ -1,11 +1,14 @@
 """What a pipeline of stage servers costs over the same compute in one process.
 
     python benchmarks/pipeline.py [--quick] [--hidden 512] [--layers 4] [--batch 4] [--length 256] [--microbatches 24]
+                                  [--links 200 100] [--curve 300]
 
 Real processes, each with its own p2pd: one per stage, and the trainer. The limit is the same microbatches' forward and
 backward (no optimizer, as in the swarm's measured time) in one process with as many threads as there are stage servers,
 each thread with the whole model and one core: no network, no waiting for each other. `with recomputation` is the limit
-of servers that keep no graphs. `single` is one process with one thread.
+of servers that keep no graphs. `single` is one process with one thread. `direct`: servers hand activations to each
+other. `--links`: again with every process behind a line of so many Mbit/s up and down (namespaces and token buckets;
+needs root and nftables). `--curve`: held-out loss after so many steps with 8-bit activations beside exact ones.
 
 The overhead per call is a forward of a 256-wide FFN through our RPC and stage server, less the same module called
 locally, beside hivemind's RemoteExpert with the same module in the same run.
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -25,8 +29,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,15 +42,19 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from potluck.dht.manifest import ModelPart, TrainingPart
+from potluck.dht.manifest import DataPart, ModelPart, TrainingPart
 from potluck.net.hosts.go import GoHost
 from potluck.net.identity import Identity
 from potluck.net.rpc import Rpc
 from potluck.swarm.activations import decode, encode
+from potluck.swarm.data import load_corpus
 from potluck.swarm.server import Shapes, StageServer
 from potluck.swarm.stage import build_stage, stage_names
 from potluck.swarm.stage_trainer import StageTrainer
 from potluck.swarm.trainer import PipelineTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "lab"))
+import network
 
 console = Console(width=130)
 VOCABULARY = 256
@@ -108,28 +116,44 @@ async def serve(options: argparse.Namespace) -> None:
     try:
         await rpc.start()
         thread.start()
-        print(json.dumps({"address": str((await host.get_visible_maddrs())[0]), "peer": rpc.peer_id}), flush=True)
-        await asyncio.to_thread(sys.stdin.readline)
+        print(json.dumps({"address": await address_of(host), "peer": rpc.peer_id}), flush=True)
+        while line := (await asyncio.to_thread(sys.stdin.readline)).strip():
+            await host.connect(line, 10.0)
     finally:
         working = False
         await rpc.close()
         await host.shutdown()
 
 
+async def address_of(host: GoHost) -> str:
+    """Not the loopback one, if there is another."""
+    found = [str(a) for a in await host.get_visible_maddrs()]
+    return next((a for a in found if a.startswith("/ip4/11.")), found[0])
+
+
+def settings_of(options: argparse.Namespace) -> list[str]:
+    names = ("hidden", "layers", "batch", "length", "stages", "codec", "in_flight", "microbatches")
+    flags = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
+    return flags + ["--no-cache"] * options.no_cache + ["--direct"] * options.direct
+
+
 class Server:
     """A process that runs `serve`."""
 
-    def __init__(self, options: argparse.Namespace, what: str, home: Path) -> None:
+    def __init__(self, options: argparse.Namespace, what: str, home: Path, enter: Sequence[str] = ()) -> None:
         home.mkdir(parents=True)
-        settings = [f"--{k}={getattr(options, k)}" for k in ("hidden", "layers", "batch", "length", "stages", "codec")]
-        settings += ["--no-cache"] if options.no_cache else []
-        command = [sys.executable, __file__, "--serve", what, "--home", str(home), *settings]
+        command = [*enter, sys.executable, __file__, "--serve", what, "--home", str(home), *settings_of(options)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about: dict[str, Any] = {}
 
     def ready(self) -> None:
         assert self.process.stdout
         self.about = json.loads(self.process.stdout.readline())
+
+    def connect(self, address: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{address}\n")
+        self.process.stdin.flush()
 
     def kill(self) -> None:
         self.process.kill()
@@ -157,12 +181,43 @@ async def running(options: argparse.Namespace, modules: list[str]) -> AsyncItera
                 server.kill()
 
 
-async def swarm(options: argparse.Namespace) -> float:
-    """Tokens per second of the pipeline."""
-    async with running(options, list(stage_names(options.stages))) as (rpc, servers):
-        trainer = PipelineTrainer(rpc, options.stages, shapes(options), in_flight=options.in_flight)
-        for wiring, server in zip(trainer.wirings, servers, strict=True):
-            wiring.update({server.about["peer"]: 1e12}, 0.0)
+def swarm(options: argparse.Namespace, mbit: float = 0.0) -> float:
+    """Tokens per second of the pipeline, each process behind a line of so many Mbit/s (0: loopback)."""
+    with ExitStack() as stack:
+        enter: list[list[str]] = [[] for _ in range(options.stages + 1)]
+        if mbit:
+            lab = stack.enter_context(network.Lab())
+            enter = [lab.host(f"h{i}", down_mbit=mbit, up_mbit=mbit).enter for i in range(options.stages + 1)]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-bench-")))
+        servers = [
+            Server(options, module, folder / f"{i}", enter[i]) for i, module in enumerate(stage_names(options.stages))
+        ]
+        for server in servers:
+            stack.callback(server.kill)
+        for server in servers:
+            server.ready()
+        for server, following in itertools.pairwise(servers):
+            server.connect(following.about["address"])
+        (folder / "trainer").mkdir()
+        known = json.dumps([server.about for server in servers])
+        command = [*enter[-1], sys.executable, __file__, "--drive", known, "--home", str(folder / "trainer")]
+        done = subprocess.run([*command, *settings_of(options)], check=True, stdout=subprocess.PIPE, text=True)
+        return float(done.stdout)
+
+
+async def drive(options: argparse.Namespace) -> float:
+    """The trainer's process."""
+    home = Path(options.home)
+    host = await GoHost.start(Identity.load_or_create(home / "key"), home / "run")
+    rpc = Rpc(host)
+    try:
+        await rpc.start()
+        trainer = PipelineTrainer(
+            rpc, options.stages, shapes(options), in_flight=options.in_flight, direct=options.direct
+        )
+        for wiring, server in zip(trainer.wirings, json.loads(options.drive), strict=True):
+            await host.connect(server["address"], 10.0)
+            wiring.update({server["peer"]: 1e12}, 0.0)
         source = batches(options)
         await trainer.train(source, _times(options.in_flight + 1))
         before, began = trainer.stats.tokens, time.perf_counter()
@@ -170,6 +225,9 @@ async def swarm(options: argparse.Namespace) -> float:
         took = time.perf_counter() - began
         assert trainer.stats.resends == 0, trainer.stats
         return (trainer.stats.tokens - before) / took
+    finally:
+        await rpc.close()
+        await host.shutdown()
 
 
 def _times(count: int) -> Any:
@@ -256,6 +314,41 @@ async def gradient_error() -> float:
             )
 
 
+async def _stepped(trainer: StageTrainer) -> None:
+    """Until all that it counted is in a step."""
+    for _ in range(10_000):
+        if not trainer._open.counted and not trainer._sealed:
+            return
+        await asyncio.sleep(0.001)
+    raise RuntimeError("a stage does not make its step")
+
+
+async def held_out_loss(options: argparse.Namespace, codec: str) -> float:
+    """After `--curve` steps of 4 microbatches through 4 stages, on Python's own source: nats per byte."""
+    test = Path(__file__).parents[1] / "tests" / "unit" / "swarm"
+    sys.path.insert(0, str(test))
+    import test_pipeline as reference
+
+    corpus = load_corpus(DataPart(sequence_length=16))
+    dice = torch.Generator().manual_seed(0)
+
+    def batch(count: int, held_out: bool = False) -> Tensor:
+        if held_out:
+            return corpus.held_out_batch(count) % reference.VOCABULARY
+        offsets = torch.randint(0, corpus.train.size - 17, (count,), generator=dice).numpy()
+        return corpus.batch(offsets) % reference.VOCABULARY
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"step_tokens": 4 * 4 * 16, "learning_rate": 3e-3}
+        async with reference.pipeline(Path(folder), 4, 1, codec, **settings) as (trainer, peers):
+            for _ in range(options.curve):
+                await asyncio.gather(*(trainer.microbatch(batch(4)) for _ in range(4)))
+                await trainer.flush()
+                await asyncio.gather(*(_stepped(peer.trainer) for row in peers for peer in row))
+            losses = [await trainer.evaluate(window) for window in batch(256, held_out=True).split(4)]
+            return statistics.fmean(losses)
+
+
 async def rpc_overhead(options: argparse.Namespace, calls: int) -> float:
     """Milliseconds of a remote forward of the FFN at batch 1, less a local one."""
     torch.set_num_threads(1)
@@ -328,6 +421,21 @@ if __name__ == "__main__":
     return float(lines[0].split()[1])
 
 
+def cases(options: argparse.Namespace) -> list[tuple[float, str, bool, bool]]:
+    """(Mbit/s, codec, without cache, direct), the headline first."""
+    if options.quick:
+        return [(0.0, "none", False, False)]
+    choices = itertools.product((False, True), ("none", "int8"), (False, True))
+    loopback = [(0.0, codec, no_cache, direct) for no_cache, codec, direct in choices]
+    shaped = [
+        (m, codec, False, direct) for m in options.links for codec in ("none", "int8") for direct in (False, True)
+    ]
+    if shaped and (why := network.missing()):
+        console.print(f"--links left out: {why}")
+        shaped = []
+    return [*loopback, *shaped]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="within 50 s")
@@ -340,12 +448,19 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--codec", choices=("none", "int8"), default="none")
     parser.add_argument("--no-cache", action="store_true")
+    parser.add_argument("--direct", action="store_true")
+    parser.add_argument("--links", type=float, nargs="*", default=[], help="Mbit/s")
+    parser.add_argument("--curve", type=int, default=0, help="steps")
+    parser.add_argument("--drive", help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--home", help=argparse.SUPPRESS)
     parser.add_argument("--limit", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         uvloop.run(serve(options))
+        return
+    if options.drive:
+        print(uvloop.run(drive(options)))
         return
     if options.limit:
         threads, recompute, microbatches = map(int, options.limit.split(","))
@@ -364,18 +479,19 @@ def main() -> None:
     table.add_row("one process, one thread", f"{single:,.0f}", "")
     table.add_row(f"limit: {options.stages} threads, no network", f"{most:,.0f}", "")
     table.add_row("limit with recomputation", f"{again:,.0f}", "")
-    runs = [("none", False)] if options.quick else [("none", False), ("none", True), ("int8", False), ("int8", True)]
     shares = {}
-    for codec, no_cache in runs:
-        options.codec, options.no_cache = codec, no_cache
-        rate = uvloop.run(swarm(options))
-        name = f"swarm, {codec}, cache {'off' if no_cache else 'on'}"
+    for mbit, codec, no_cache, direct in cases(options):
+        options.codec, options.no_cache, options.direct = codec, no_cache, direct
+        rate = swarm(options, mbit)
+        line = f"{mbit:g} Mbit/s" if mbit else "loopback"
+        name = f"{line}, {codec}, cache {'off' if no_cache else 'on'}, {'direct' if direct else 'driven'}"
         shares[name] = rate / (again if no_cache else most)
-        if (codec, no_cache) == ("none", False):
+        if not shares.keys() - {name}:
             swarm_rate = rate
         table.add_row(name, f"{rate:,.0f}", f"{shares[name]:.3f}")
     console.print(table)
-    options.codec, options.no_cache = "none", True
+    options.codec, options.no_cache, options.direct = "none", True, False
+    curve = {codec: asyncio.run(held_out_loss(options, codec)) for codec in ("none", "int8")} if options.curve else {}
     calls = 100 if options.quick else 500
     ours = uvloop.run(rpc_overhead(options, calls))
     theirs = hivemind_overhead(calls)
@@ -390,6 +506,7 @@ def main() -> None:
         "hivemind_overhead_ms": round(theirs, 3),
         "overhead_ratio": round(theirs / ours, 2),
         "gradient_error": asyncio.run(gradient_error()),
+        **({"curve": curve, "curve_ratio": round(curve["int8"] / curve["none"], 4)} if curve else {}),
     }
     print(json.dumps(line))
 

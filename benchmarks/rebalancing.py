@@ -8,11 +8,11 @@
   on the low side. The headline is SWARM's own case, spot instances; volunteers of unlike cards are beside it.
 - Heterogeneous peers (queueing, event by event): throughput of stochastic wiring over uniformly random choice.
 - Convergence from the worst start, all peers in one stage but one in each other, and moves after it.
-- Throughput by model size and bandwidth (cost model): the square-cube law.
 
 Compute is declared, not measured: a card sustains 40 % of its published dense half-precision peak (single precision
 where it has no tensor cores), a layer costs 24 h^2 + 4 T h FLOPs per token forward, and backward three times that
-(recomputation included). The last line is one JSON object. `--quick` ends within 50 s.
+(recomputation included). Throughput by model size and bandwidth is `square_cube.py`'s. The last line is one JSON
+object. `--quick` ends within 50 s.
 """
 
 from __future__ import annotations
@@ -446,36 +446,6 @@ def convergence(stage_counts: Sequence[int], quiet: int, seeds: Sequence[int]) -
     return results
 
 
-# -- (d) the square-cube law -------------------------------------------------------------------------------------------
-
-
-def square_cube() -> dict[str, dict[str, int]]:
-    """Tokens per second of one T4 that serves a middle stage: the slower of compute and either direction of its link.
-
-    Each direction carries an activation and a gradient per token (the cache on, full duplex, transfers overlapped).
-    """
-    links = {"unshaped": math.inf, "500": 500e6, "200": 200e6, "100": 100e6}
-    table = table_of(
-        f"Tokens/s of a T4 ({SUSTAINED * CARDS['T4']:.0f} TFLOP/s) with a stage of {LAYERS} layers (share of unshaped)",
-        *("hidden", "codec", "bytes / token", "MFLOP / token", *(f"{link} Mbit/s" for link in links)),
-    )
-    figures: dict[str, dict[str, int]] = {}
-    for hidden in (768, 1024, 2048, 4096, 6144, 8192):
-        flops = (1 + BACKWARD) * forward_flops(hidden, LAYERS, 1)
-        compute = SUSTAINED * CARDS["T4"] * 1e12 / flops
-        for codec, per_value in {"none": 4.0, "8 bit": 1 + 4 / 256}.items():
-            carried = 2 * hidden * per_value
-            rates = {link: min(compute, bits / 8 / carried) for link, bits in links.items()}
-            figures[f"{hidden} {codec}"] = {link: round(rate) for link, rate in rates.items()}
-            table.add_row(
-                *(str(hidden), codec, f"{carried:,.0f}", f"{flops / 1e6:,.0f}"),
-                *(f"{rate:,.0f} ({rate / compute:.0%})" for rate in rates.values()),
-                end_section=codec == "8 bit",
-            )
-    console.print(table)
-    return figures
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter and with fewer seeds: within 50 s")
@@ -496,7 +466,6 @@ def main() -> None:
     ratios = timed("wiring", lambda: heterogeneity(80 if quick else 600, several))
     counts = (3, 8, 64) if quick else (3, 4, 8, 16, 32, 64)
     settled = timed("convergence", lambda: convergence(counts, 20 if quick else 100, several[:1] if quick else several))
-    tokens = square_cube()
 
     def mean(kind: str, who: str) -> float:
         return round(statistics.fmean(v for (k, scene), v in shares.items() if k == kind and scene.startswith(who)), 4)
@@ -513,7 +482,6 @@ def main() -> None:
         "wiring_over_uniform_by_mix": {mix: round(ratio, 3) for mix, ratio in ratios.items()},
         "moves_after_convergence": sum(r.moves_after for runs in settled.values() for r in runs),
         "periods_to_converge": {str(stages): max(r.periods for r in runs) for stages, runs in settled.items()},
-        "tokens_per_second": tokens,
         "goals": {"share_of_optimal_with": 0.9, "wiring_over_uniform": 1.3, "moves_after_convergence": 0},
         "seconds": took,
     }

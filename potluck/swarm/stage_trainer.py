@@ -43,6 +43,8 @@ MAX_UNCONFIRMED: Final = 256
 #: Output gradients whose length per token is this many times the usual are refused: no honest loss gives them.
 GRADIENT_LIMIT: Final = 100.0
 RETRY_SECONDS: Final = 0.25
+#: Microbatches that are computed together, if as many wait.
+MAX_STACK: Final = 8
 
 Kind = Literal["forward", "backward", "loss"]
 
@@ -86,16 +88,27 @@ class JobQueue:
             heapq.heappush(self._jobs, (job.priority, next(self._numbers), job))
             self.changed.notify()
 
-    def take(self, timeout_seconds: float) -> Job | None:
-        """The next job that is still wanted; None after the timeout."""
+    def take(
+        self, timeout_seconds: float, joins: Callable[[Sequence[Job], Job], bool] = lambda taken, job: False
+    ) -> list[Job]:
+        """The next job that is still wanted, and those to be done together with it; none after the timeout.
+
+        `joins(taken, job)`: whether a job may be done together with those.
+        """
         with self.changed:
             if not self._jobs:
                 self.changed.wait(timeout_seconds)
+            taken: list[Job] = []
+            left: list[tuple[int, int, Job]] = []
             while self._jobs:
-                job = heapq.heappop(self._jobs)[2]
-                if job.answer.set_running_or_notify_cancel():
-                    return job
-            return None
+                entry = heapq.heappop(self._jobs)
+                job = entry[2]
+                if taken and not joins(taken, job):
+                    left.append(entry)
+                elif job.answer.set_running_or_notify_cancel():
+                    taken.append(job)
+            self._jobs = left  # in order, which is a heap
+            return taken
 
     def open(self) -> None:
         with self.changed:
@@ -199,6 +212,7 @@ class StageTrainer:
         self._lengths: deque[float] = deque(maxlen=64)
         self._loss = math.log(max(2, int(stage.config.get_text_config().vocab_size)))
         self._first_step = self._steps = self._tokens = 0
+        self._most = MAX_STACK
         #: Microbatches in the steps of the round's training, by now.
         self.counted: list[bytes] = []
 
@@ -267,9 +281,9 @@ class StageTrainer:
         self.queue.open()
         try:
             while self._steps < max_steps and may_start(took + self.settle_seconds):
-                if job := self.queue.take(0.02):
+                if jobs := self.queue.take(0.02, self._may_stack):
                     started = time.monotonic()
-                    self._do(job)
+                    self._do(jobs)
                     seconds = time.monotonic() - started
                     took = 0.5 * took + 0.5 * seconds
                     self.stats.busy_seconds += seconds
@@ -281,15 +295,95 @@ class StageTrainer:
 
     # ---- microbatches ---------------------------------------------------------------------------------------
 
-    def _do(self, job: Job) -> None:
+    def _do(self, jobs: Sequence[Job]) -> None:
+        """Several are done together, or, if that fails, one after another: so an error is its own job's."""
         try:
-            answer = self._one(job)
+            answers = [self._one(jobs[0])] if len(jobs) == 1 else self._stacked(jobs)
         except Exception as error:
-            job.answer.set_exception(error)
             if not isinstance(error, PotluckError):
-                self._kept.clear()  # out of memory, most likely: what is remembered is the first to go
+                self._make_room(jobs[0].kind != "forward")
+            if len(jobs) == 1:
+                jobs[0].answer.set_exception(error)
+            else:
+                for job in jobs:
+                    self._do([job])
         else:
-            job.answer.set_result(answer)
+            for job, answer in zip(jobs, answers, strict=True):
+                job.answer.set_result(answer)
+
+    def _make_room(self, half_done: bool) -> None:
+        """Out of memory, most likely: what is remembered is the first to go. If a gradient may have been added in part,
+        nobody knows what the open sum holds: it is thrown away."""
+        self._kept.clear()
+        self._most = 1
+        if not half_done:
+            return
+        with self.queue.changed:
+            self.stats.voided += len(self._open.counted)
+            self._open = _Sum()
+        for p in self._parameters:
+            p.grad = None
+
+    def _may_stack(self, taken: Sequence[Job], job: Job) -> bool:
+        """Jobs of one shape of which no graph is kept. What they add up to is not more than what a step still lacks."""
+        first, most = taken[0], self._most
+        if self._dropout or any(self._is_single(one) for one in (first, job)):
+            return False
+        if (first.kind, first.train) != (job.kind, job.train) or _shape(first) != _shape(job):
+            return False
+        if any(job.id == other.id for other in taken):
+            return False  # asked again: to be counted once
+        if first.priority == 0:
+            batch, length, *_ = _shape(first)
+            most = min(most, (self.step_tokens - self._open.tokens) // (batch * length))
+        return len(taken) < most
+
+    def _is_single(self, job: Job) -> bool:
+        """Whether it is known already, has its graph here, or is odd: that is told to whoever sent it, and no other."""
+        if job.x is None or (job.priority == 0 and job.id in self._seen):
+            return True
+        if job.grad is not None and job.grad.shape[:2] != job.x.shape[:2]:
+            return True
+        return bool(self._cache_bytes) and job.train if job.kind == "forward" else job.id in self._kept
+
+    def _stacked(self, jobs: Sequence[Job]) -> list[tuple[Tensor | None, float]]:
+        """The same as one after another, but for rounding. `jobs`: of one shape, no graph kept."""
+        x = torch.cat([job.x for job in jobs if job.x is not None]).to(self.device)
+        grad = targets = None
+        match jobs[0].kind:
+            case "forward":
+                self.stats.forwards += len(jobs)
+                with torch.no_grad(), autocast(self.spec, self.device):
+                    return [(y, 0.0) for y in _parts(self._apply(x), len(jobs))]
+            case "loss":
+                targets = torch.cat([job.targets for job in jobs if job.targets is not None]).to(self.device)
+                replies = self._losses_of(jobs, x, targets)
+            case "backward":
+                grad = torch.cat([job.grad for job in jobs if job.grad is not None]).to(self.device)
+                for part in grad.unflatten(0, (len(jobs), -1)):  # type: ignore[no-untyped-call]
+                    self._check_length(part)
+                back, _ = self._differentiate(b"", x, grad, None)
+                replies = [(part, 0.0) for part in _parts(back, len(jobs))]
+        if jobs[0].train:
+            self.stats.backwards += len(jobs)
+            tokens = x.shape[0] * x.shape[1] // len(jobs)
+            inputs, grads, wanted = (_parts(each, len(jobs)) for each in (x, grad, targets))
+            for i, (job, reply) in enumerate(zip(jobs, replies, strict=True)):
+                self._count(job.id, _Counted(inputs[i], grads[i], wanted[i], tokens, reply))
+        return replies
+
+    def _losses_of(self, jobs: Sequence[Job], x: Tensor, targets: Tensor) -> list[tuple[Tensor | None, float]]:
+        train = jobs[0].train
+        leaf = self._leaf(x)
+        with torch.set_grad_enabled(train), autocast(self.spec, self.device):
+            logits = self._apply(leaf).flatten(0, 1).float()
+            losses = functional.cross_entropy(logits, targets.flatten(), reduction="none").view(len(jobs), -1).sum(1)
+            if train and not torch.isfinite(losses).all():
+                raise ProtocolError("the loss is not finite")
+            if train:
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+        self.stats.forwards += len(jobs) * train
+        return list(zip(_parts(leaf.grad, len(jobs)), losses.tolist(), strict=True))
 
     def _one(self, job: Job) -> tuple[Tensor | None, float]:
         match job.kind:
@@ -498,6 +592,16 @@ class StageTrainer:
             self._step()
         for p in self._parameters:
             p.grad = None
+
+
+def _parts(x: Tensor | None, count: int) -> list[Tensor] | list[None]:
+    """Equal parts of a batch."""
+    return [None] * count if x is None else list(x.unflatten(0, (count, -1)))  # type: ignore[no-untyped-call]
+
+
+def _shape(job: Job) -> torch.Size:
+    assert job.x is not None
+    return job.x.shape
 
 
 @contextmanager

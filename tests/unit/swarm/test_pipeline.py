@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from potluck.dht.manifest import ModelPart, TrainingPart
-from potluck.errors import PotluckError, RpcRemoteError
+from potluck.errors import PotluckError, ProtocolError, RpcRemoteError
 from potluck.net.host import PeerId
 from potluck.net.rpc import Rpc
 from potluck.swarm.activations import decode, encode
 from potluck.swarm.server import Shapes, StageServer
 from potluck.swarm.stage import build_stage, join_stages, stage_names
-from potluck.swarm.stage_trainer import StageTrainer
+from potluck.swarm.stage_trainer import Job, StageTrainer
 from potluck.swarm.trainer import PipelineBroken, PipelineTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "net"))
@@ -342,3 +342,101 @@ def test_eight_bit_values_are_within_half_a_step_of_their_blocks_scale(shape: tu
     got_shape, body = encode(x, "int8")
     y = decode(got_shape, bytearray(body), "int8")
     assert y.shape == x.shape and float((x - y).abs().max()) <= float(x.abs().max()) / 127 / 2 * 1.01
+
+
+def bare(kind: str, **settings: Any) -> StageTrainer:
+    """A replica of a middle stage, or for losses of the last, without a network; its queue is open."""
+    module, stages = ("stage.1", 2) if kind == "loss" else ("stage.1", 3)
+    settings = {"step_tokens": 2**40, "cache_bytes": 0} | settings
+    trainer = StageTrainer(build_stage(spec(stages), module), TRAINING, torch.device("cpu"), **settings)
+    trainer.queue.open()
+    return trainer
+
+
+def jobs_of(kind: Any, count: int, batch: int = 2) -> list[Job]:
+    dice = torch.Generator().manual_seed(3)
+    found = []
+    for i in range(count):
+        x, grad = (torch.randn(batch, 16, HIDDEN, generator=dice) for _ in range(2))
+        targets = torch.randint(0, VOCABULARY, (batch, 16), generator=dice)
+        id_ = bytes([batch]) * 15 + bytes([i])
+        found.append(Job(kind, id_, x=x, targets=targets) if kind == "loss" else Job(kind, id_, x=x, grad=1e-3 * grad))
+    return found
+
+
+def work_off(trainer: StageTrainer, jobs: list[Job], together: bool) -> list[int]:
+    """How many were done at once, each time."""
+    for job in jobs:
+        trainer.submit(job)
+    sizes = []
+    while taken := trainer.queue.take(0.0, *([trainer._may_stack] if together else [])):
+        sizes.append(len(taken))
+        trainer._do(taken)
+    return sizes
+
+
+def gradient(trainer: StageTrainer) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in trainer.stage.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", ["loss", "backward"])
+def test_microbatches_that_wait_are_computed_together_and_each_counts_by_itself(kind: str) -> None:
+    results = []
+    for together in (True, False):
+        trainer = bare(kind)
+        jobs = [*jobs_of(kind, 5), *jobs_of(kind, 2, batch=3), *jobs_of(kind, 1)]  # the last one is asked for again
+        sizes = work_off(trainer, jobs, together)
+        assert sorted(sizes) == ([1, 2, 5] if together else [1] * 8)
+        assert len(trainer._open.counted) == 7
+        results.append((gradient(trainer), [job.answer.result() for job in jobs]))
+    (mine, answers), (wanted, singles) = results
+    assert torch.allclose(mine, wanted, rtol=1e-4, atol=1e-6)
+    for (back, loss), (other, other_loss) in zip(answers, singles, strict=True):
+        assert loss == pytest.approx(other_loss, rel=1e-5)
+        assert back is not None and other is not None and torch.allclose(back, other, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_thrown_away_of_a_stack_leaves_the_others() -> None:
+    trainer, wanted = bare("loss", settle_seconds=0.0), bare("loss", settle_seconds=0.0)
+    work_off(trainer, jobs_of("loss", 5), together=True)
+    work_off(wanted, jobs_of("loss", 3), together=False)
+    trainer.confirm([job.id for job in jobs_of("loss", 3)])
+    trainer._seal()
+    assert trainer._sealed and trainer._sealed.grads
+    trainer._void(trainer._sealed)
+    assert trainer.stats.voided == 2 and trainer._sealed.tokens == 3 * 32
+    mine = torch.cat([grad.flatten() for grad in trainer._sealed.grads if grad is not None])
+    assert torch.allclose(mine, gradient(wanted), rtol=1e-4, atol=1e-5)
+
+
+def test_one_bad_microbatch_fails_alone() -> None:
+    trainer = bare("loss")
+    jobs = jobs_of("loss", 4)
+    jobs[2].x = torch.full((2, 16, HIDDEN), torch.nan)
+    work_off(trainer, jobs, together=True)
+    failed = [job for job in jobs if job.answer.exception()]
+    assert failed == [jobs[2]] and len(trainer._open.counted) == 3
+    trainer = bare("backward")
+    odd = jobs_of("backward", 3)
+    odd[1].grad = torch.randn(3, 16, HIDDEN)
+    assert work_off(trainer, odd, together=True) == [2, 1]
+    failed += [job for job in odd if job.answer.exception()]
+    assert failed == [jobs[2], odd[1]] and len(trainer._open.counted) == 2
+    assert all(isinstance(job.answer.exception(), ProtocolError) for job in failed)
+
+
+def test_a_stack_is_not_larger_than_the_step() -> None:
+    trainer = bare("loss", step_tokens=96)  # three microbatches
+    for job in jobs_of("loss", 5):
+        trainer.submit(job)
+    assert len(trainer.queue.take(0.0, trainer._may_stack)) == 3
+
+
+def test_out_of_memory_in_a_backward_throws_the_open_sum_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = bare("loss")
+    work_off(trainer, jobs_of("loss", 2), together=True)
+    monkeypatch.setattr(trainer, "_apply", lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    jobs = jobs_of("loss", 2, batch=3)
+    work_off(trainer, jobs, together=True)
+    assert all(isinstance(job.answer.exception(), torch.OutOfMemoryError) for job in jobs)
+    assert not trainer._open.counted and all(p.grad is None for p in trainer.stage.parameters())

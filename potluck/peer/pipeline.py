@@ -100,6 +100,7 @@ class Pipeline:
         self._work = stage_work(manifest.model)
         self._replicas: list[list[Signed[Replica]]] = [[] for _ in self._names]
         self._seat: Seat | None = None
+        self._coming: str | None = None
         self._keepers: dict[str, tuple[Keeper, asyncio.Task[None]]] = {}
         self._microbatch_seconds = 0.0
         self._busy = (time.monotonic(), 0.0)
@@ -111,9 +112,14 @@ class Pipeline:
         """From now on this is our stage. Where we were before is served until `leave`."""
         if self._seat is not None:
             self._moved = self._period
-        self._seat = seat
+        self._seat, self._coming = seat, None
         self._busy = (time.monotonic(), self._trainer.stats.busy_seconds)
         self._server.host(seat.module, self._trainer)
+
+    async def coming(self, module: str) -> ReplicaState | None:
+        """We are about to serve a module: the state of it that we kept, if any."""
+        self._coming = module
+        return await self._stop_keeping(module)
 
     def leave(self, module: str) -> None:
         self._server.leave(module)
@@ -135,7 +141,7 @@ class Pipeline:
                 group.create_task(self._drive())
         finally:
             for module in list(self._keepers):
-                await self.stop_keeping(module)
+                await self._stop_keeping(module)
 
     def status(self) -> dict[str, Any]:
         stages = []
@@ -206,9 +212,9 @@ class Pipeline:
             return
         serving = [[one.peer for one in row if one.record.role != "observer"] for row in self._replicas]
         own = self._names.index(self._seat.module)
-        wanted = {self._names[stage] for stage in kept_by(self._me, own, serving)}
+        wanted = {self._names[stage] for stage in kept_by(self._me, own, serving)} - {self._coming}
         for module in [module for module in self._keepers if self._may_drop(module, wanted)]:
-            await self.stop_keeping(module)
+            await self._stop_keeping(module)
         for module in wanted - self._keepers.keys():
             layout = await asyncio.to_thread(stage_layout, self._around.manifest.model, module)
             keeper = Keeper(self._around, module, layout)
@@ -219,7 +225,7 @@ class Pipeline:
         _, task = self._keepers[module]
         return task.done() or (module not in wanted and bool(self._replicas[self._names.index(module)]))
 
-    async def stop_keeping(self, module: str) -> ReplicaState | None:
+    async def _stop_keeping(self, module: str) -> ReplicaState | None:
         """The state that was kept, if any."""
         if module not in self._keepers:
             return None

@@ -39,6 +39,7 @@ from potluck.peer.pipeline import Pipeline, choose_stage
 from potluck.peer.seat import Around, Seat
 from potluck.peer.settings import PeerSettings
 from potluck.swarm.codecs import CODEC_NAMES
+from potluck.swarm.phases import Round
 from potluck.swarm.presence import new_session
 from potluck.swarm.rounds import GossipReplica, RoundReport
 from potluck.swarm.stage import stage_names, stage_parameters
@@ -376,8 +377,11 @@ class Run:
         except PotluckError as error:
             self.events.emit("swarm.move.failed", module=module, error=str(error))
             return
-        kept = await pipeline.stop_keeping(module)
+        kept = await pipeline.coming(module)
         new = self._make_seat(around, module, parts)
+        new.presence.moving = True
+        round_ = Round(rules_of(self.manifest).clock.round_at(self.clock.now()))
+        await new.presence.announce_coming(module, round_, self.clock.now(), self.manifest.rounds.seconds)
         self._sit(new, kept)
         await new.loaded.wait()
         self.seat = new

@@ -219,6 +219,7 @@ class Keeper:
         empty = layout.zeros()
         self._placeholder = ReplicaState(module, layout, Round(0), empty, empty if has_velocity else None)
         self._state: ReplicaState | None = None
+        self._announcing: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> ReplicaState | None:
@@ -231,10 +232,17 @@ class Keeper:
             await self._follower.follow(self._placeholder)
         finally:
             self._exchange.close()
+            if self._announcing:
+                self._announcing.cancel()
+                await asyncio.gather(self._announcing, return_exceptions=True)
 
     async def _on_state(self, state: ReplicaState, residual: Flat | None) -> None:
         around = self._around
         if self._state is None:
             around.emit("swarm.snapshot.kept", module=self.module, round=state.round)
         self._state = state
-        await self._presence.announce(state, 1, around.clock.now(), around.manifest.rounds.seconds, every=1)
+        if self._announcing is None or self._announcing.done():  # else the next round's will do
+            seconds = around.manifest.rounds.seconds
+            self._announcing = asyncio.create_task(
+                self._presence.announce(state, 1, around.clock.now(), seconds, every=1)
+            )

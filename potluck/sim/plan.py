@@ -259,4 +259,11 @@ def random_plan(seed: int) -> Plan:
             plan.add(kind, count=1, lie=dice.choice(["garbage", "scale", "sign", "digest", "tokens"]), **when)
         else:
             plan.add(kind, count=dice.randint(1, max(1, peers // 3)), rounds=lasts, **when)
+    if dice.random() < 0.25:
+        plan.organizer_dies(dice.randint(0, rounds - 1), at=dice.randrange(1000) / 1000)
+    if dice.random() < 0.25:
+        plan.churn = Churn(arrivals_per_round=0.7, session_rounds=dice.choice([1.0, 4.0]))
+    if dice.random() < 0.25:
+        plan.lines = plan.lines.model_copy(update={"up_mbit": 1.0, "down_mbit": 4.0})
+        plan.upload_cap_mbit = dice.choice([0.0, 0.5])
     return plan

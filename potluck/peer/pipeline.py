@@ -12,7 +12,7 @@ from torch import Tensor
 
 from potluck.dht.directory import Directory
 from potluck.dht.records import Replica, Signed
-from potluck.errors import NetworkError, PotluckError, UserError
+from potluck.errors import HardwareError, NetworkError, PotluckError, UserError
 from potluck.net.host import PeerId
 from potluck.peer.build import rules_of
 from potluck.peer.seat import Around, Keeper, Seat
@@ -54,8 +54,16 @@ def table_of(rows: Sequence[Sequence[Signed[Replica]]], me: PeerId | None = None
     ]
 
 
-async def choose_stage(directory: Directory, me: PeerId, spec: ModelSpec, wanted: int | None, held: set[str]) -> str:
-    """The stage asked for, else one whose checkpoint lies here, else where another replica is missed most."""
+async def choose_stage(
+    directory: Directory,
+    me: PeerId,
+    spec: ModelSpec,
+    wanted: int | None,
+    held: set[str],
+    check_fits: Callable[[str], None],
+) -> str:
+    """The stage asked for, else one whose checkpoint lies here, else, of those that fit into this machine, where
+    another replica is missed most. `check_fits` raises HardwareError, and so does this where none fits."""
     names = stage_names(spec.stages)
     if wanted is not None:
         if wanted >= len(names):
@@ -68,7 +76,16 @@ async def choose_stage(directory: Directory, me: PeerId, spec: ModelSpec, wanted
     mine = [name for name in names if name in held]
     if mine:
         return min(mine, key=lambda name: len(found[names.index(name)]))
-    return names[newcomer(me, table_of(found, me), await asyncio.to_thread(stage_work, spec))]
+    able, reason = [], None
+    for number, name in enumerate(names):
+        try:
+            check_fits(name)
+            able.append(number)
+        except HardwareError as error:
+            reason = error
+    if reason and not able:
+        raise reason
+    return names[newcomer(me, table_of(found, me), await asyncio.to_thread(stage_work, spec), able)]
 
 
 class Pipeline:

@@ -29,7 +29,7 @@ from potluck.dht.template import load_toml
 from potluck.errors import NetworkError, PotluckError
 from potluck.net.clock import SAID_SECONDS, RunClock
 from potluck.net.identity import Identity
-from potluck.peer.build import MODULE, Parts, build, initial_state, rules_of, same_draft
+from potluck.peer.build import MODULE, Parts, build, check_memory, initial_state, rules_of, same_draft
 from potluck.peer.control import ControlServer
 from potluck.peer.events import EventLog, Twentieths
 from potluck.peer.hardware import choose_device
@@ -207,8 +207,15 @@ class Run:
             except TimeoutError:
                 raise NetworkError(f"the run's directory did not open within {DIRECTORY_SECONDS:.0f} s") from None
         if parts is None:
-            held, spec = _held(self.folder, self.manifest), self.manifest.model
-            module = await choose_stage(around.directory, around.peer, spec, self.settings.stage, held)
+            device = choose_device(self.settings.device)
+            module = await choose_stage(
+                around.directory,
+                around.peer,
+                self.manifest.model,
+                self.settings.stage,
+                _held(self.folder, self.manifest),
+                partial(check_memory, self.manifest, device),
+            )
             self.events.emit("peer.stage.chosen", module=module)
             parts = await self._build_parts(module)
         self.seat = self._make_seat(around, module, parts)

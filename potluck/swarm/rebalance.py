@@ -72,11 +72,13 @@ class Rules:
 RULES = Rules()
 
 
-def newcomer(me: PeerId, stages: Stages, work: Sequence[float] | None = None) -> int:
-    """The stage to join: the slowest, of equals the most loaded; a crowd of newcomers spreads over equal stages."""
+def newcomer(me: PeerId, stages: Stages, work: Sequence[float] | None = None, able: Sequence[int] | None = None) -> int:
+    """The stage to join, of those that it is `able` to serve (default: all): the slowest, of equals the most loaded. A
+    crowd of newcomers spreads over equal stages."""
     table = _Table(stages, work)
     return min(
-        range(len(stages)), key=lambda stage: (table.throughput[stage], -table.load[stage], _dice(me, stage), stage)
+        range(len(stages)) if able is None else able,
+        key=lambda stage: (table.throughput[stage], -table.load[stage], _dice(me, stage), stage),
     )
 
 

@@ -196,6 +196,7 @@ def test_newcomers_go_where_they_are_missed_and_spread_over_equals() -> None:
     assert newcomer(PeerId("n"), of(SLOW, {"y": PeerLoad(3.0, 1.0)})) == 1  # equal throughput: the more loaded
     assert newcomer(PeerId("n"), of(SLOW, {})) == 1
     assert {newcomer(PeerId(f"n{i}"), of({}, {}, {})) for i in range(50)} == {0, 1, 2}
+    assert {newcomer(PeerId(f"n{i}"), of({}, {}, {}), able=[0, 2]) for i in range(50)} == {0, 2}  # what fits
 
 
 def test_a_period_asks_another_peer_when_several_would_do() -> None:

@@ -58,6 +58,7 @@ PROBE_SECONDS: Final = 30.0
 MAX_NEIGHBOURS: Final = 64
 #: Keys of which the last believed answer is remembered.
 _REMEMBERED_ANSWERS: Final = 256
+MAX_DISTANCE: Final = 2**160
 
 # First bytes of msgpack's extension and text values: what follows is parsed as that, and nothing else.
 _EXT_BYTES: Final = frozenset({0xC7, 0xC8, 0xC9, *range(0xD4, 0xD9)})
@@ -137,6 +138,8 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
     _tasks: dict[asyncio.Task[None], None]
     #: By key and count: many ask for the same key, and the routing table rarely changes.
     _nearest: dict[tuple[DHTID, int], dict[DHTID, PeerID]]
+    #: How near the nearest node that we know is to a key that we hold.
+    _closest: dict[DHTID, int]
 
     @classmethod
     async def open(
@@ -168,6 +171,7 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
         self._senders = TokenBuckets(SENDER_BURST, SENDER_PER_SECOND, validator.clock)
         self._answers, self._probed, self._tasks = OrderedDict(), {}, {}
         self._nearest = {}
+        self._closest = {}
         self.storage = RecordStorage(node_id, validator.clock, validator.rejected)
         # Reads are always `latest` and end up in `storage`: the second cache stays empty.
         self.cache = RecordStorage(node_id, validator.clock, validator.rejected, max_keys=0)
@@ -399,17 +403,24 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
         node_id = self.routing_table.get(peer_id=peer)
         if node_id is not None:
             self._nearest.clear()
+            self._closest.clear()
             del self.routing_table[node_id]
 
     def _learn(self, node_id: DHTID, peer: PeerID) -> None:
         """Into the routing table; a new node gets the records that it should hold from the nearest who holds them."""
+        handed = None
         if node_id not in self.routing_table:
             handed = [(key, held) for key in self._keys_for(node_id) if (held := self.storage.get(key)) is not None]
             if handed:
                 values, expirations = [held.value for _, held in handed], [held.expiration_time for _, held in handed]
                 self._background(self.call_store(peer, [key for key, _ in handed], values, expirations))
-            self._nearest.clear()
+            self._nearest = {
+                asked: near for asked, near in self._nearest.items() if not _belongs(node_id, *asked, near)
+            }
         oldest = self.routing_table.add_or_update_node(node_id, peer)
+        if handed is not None and node_id in self.routing_table:
+            for key, distance in self._closest.items():
+                self._closest[key] = min(distance, int(key) ^ int(node_id))
         if oldest is not None:
             # There was no room. If the oldest of that bucket answers no more, the next who is met takes its place.
             self._background(self.call_ping(oldest[1]))
@@ -417,10 +428,15 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
     def _keys_for(self, node_id: DHTID) -> list[DHTID]:
         """Keys that belong to a new node (it is among the nearest) and are ours to hand over (we are the nearest)."""
         own, new, known = int(self.node_id), int(node_id), self.routing_table.uid_to_peer_id
-        keys = []
-        for key in self.storage.held_keys():
+        keys, held = [], self.storage.held_keys()
+        if len(self._closest) > 2 * len(held):
+            self._closest.clear()
+        for key in held:
             distance = int(key).__xor__
-            if not known or distance(own) < min(map(distance, known)):
+            closest = self._closest.get(key)
+            if closest is None:
+                closest = self._closest[key] = min(map(distance, known), default=MAX_DISTANCE)
+            if distance(own) < closest:
                 replicas = list(self.nearest_known(key, self.num_replicas))
                 if not replicas or distance(new) < distance(replicas[-1]):
                     keys.append(key)
@@ -434,6 +450,11 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]
         expirations = [item.expiration_time for _, item in dictionary.items()]
         dictionary.latest_expiration_time = max(expirations, default=float("-inf"))
         return bool(expirations)
+
+
+def _belongs(node_id: DHTID, key: DHTID, count: int, near: dict[DHTID, PeerID]) -> bool:
+    """Whether a node is among the `count` nearest to a key, of which those so far are `near`, nearest first."""
+    return len(near) < count or int(key) ^ int(node_id) < int(key) ^ int(next(reversed(near)))
 
 
 def _batches(values: Sequence[Any]) -> list[tuple[int, int]]:

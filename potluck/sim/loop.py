@@ -61,9 +61,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         heapq.heappush(self._timers, (when, next(self._numbers), timer))
         return cast(asyncio.TimerHandle, timer)
 
-    def send_at(self, when: float, callback: Callable[[], object]) -> None:
+    def shoot_at(self, when: float, shot: Shot) -> None:
         """As `call_at`, for what is never cancelled: a message under way costs no handle."""
-        heapq.heappush(self._timers, (when, next(self._numbers), _Shot(callback)))
+        heapq.heappush(self._timers, (when, next(self._numbers), shot))
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Executor | None, func: Callable[..., T], *args: Any
@@ -138,17 +138,18 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 handle._run()
 
 
-class _Shot:
-    """What the loop needs of a handle, for a callback that nobody cancels."""
+class Shot:
+    """What the loop needs of a handle, for what nobody cancels."""
 
-    __slots__ = ("_run", "_scheduled")
+    __slots__ = ("_scheduled",)
     _cancelled = False
-
-    def __init__(self, callback: Callable[[], object]) -> None:
-        self._run = callback
 
     def cancelled(self) -> bool:
         return False
+
+    def _run(self) -> None:
+        """When its time has come."""
+        raise NotImplementedError
 
 
 class Machine(Protocol):

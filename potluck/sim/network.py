@@ -22,7 +22,7 @@ from typing import Literal
 
 from potluck.net.host import PeerId
 from potluck.net.hosts.memory import Arrive, Channel
-from potluck.sim.loop import VirtualLoop
+from potluck.sim.loop import Shot, VirtualLoop
 
 Nat = Literal["public", "cone", "symmetric"]
 
@@ -116,6 +116,66 @@ class _Port:
     up: _Pipe | None
     down: _Pipe | None
     traffic: Traffic = field(default_factory=Traffic)
+
+
+class _Flight(Shot):
+    """A message on one hop of its way."""
+
+    __slots__ = ("arrive", "at", "channel", "hops", "network", "size", "source", "target")
+
+    def __init__(
+        self, network: Network, hops: tuple[PeerId, ...], at: int, size: int, arrive: Arrive, channel: Channel
+    ) -> None:
+        self.network, self.hops, self.at, self.size = network, hops, at, size
+        self.source, self.target = hops[at], hops[at + 1]
+        self.arrive, self.channel = arrive, channel
+
+    def leave(self) -> None:
+        port = self.network._ports[self.source]
+        port.traffic.sent += self.size
+        if port.up is None:
+            self.fly()
+        else:
+            port.up.push(self.channel, self.size, self.fly)
+
+    def fly(self) -> None:
+        network, source, channel = self.network, self.source, self.channel
+        if self.at and source not in network._living:
+            network._loop.call_soon(channel.break_off)
+            return
+        if source in network._frozen:
+            network._unsent.setdefault(source, []).append(self.fly)
+            return
+        when = network._loop.time() + network._seconds(source, self.target, channel)
+        # A stream keeps its order; timers of one instant would not.
+        channel.last = when = max(when, channel.last + 1e-9)
+        network._loop.shoot_at(when, self)
+
+    def _run(self) -> None:
+        port = self.network._ports.get(self.target)
+        if port is None or port.down is None:
+            self.landed()
+        else:
+            port.down.push(self.channel, self.size, self.landed)
+
+    def landed(self) -> None:
+        network, target = self.network, self.target
+        to_relay = self.at + 2 < len(self.hops)
+        if to_relay and target not in network._living:
+            network._loop.call_soon(self.channel.break_off)
+            return
+        if network._blocked(self.source, target):
+            network._held.append(self.landed)
+            return
+        port = network._ports.get(target)
+        if port is not None:
+            port.traffic.received += self.size
+            if to_relay:
+                port.traffic.relayed += self.size
+        if to_relay:
+            _Flight(network, self.hops, self.at + 1, self.size, self.arrive, self.channel).leave()
+        else:
+            self.arrive()
 
 
 class Network:
@@ -220,54 +280,7 @@ class Network:
                 self._loop.call_soon(channel.break_off)
                 return
             hops = (source, channel.relay, target)
-        self._hop(hops, 0, size, arrive, channel)
-
-    def _hop(self, hops: tuple[PeerId, ...], at: int, size: int, arrive: Arrive, channel: Channel) -> None:
-        source, target = hops[at], hops[at + 1]
-        to_relay = at + 2 < len(hops)
-        port = self._ports[source]
-        port.traffic.sent += size
-
-        def fly() -> None:
-            if at and source not in self._living:
-                self._loop.call_soon(channel.break_off)
-                return
-            if source in self._frozen:
-                self._unsent.setdefault(source, []).append(fly)
-                return
-            when = self._loop.time() + self._seconds(source, target, channel)
-            # A stream keeps its order; timers of one instant would not.
-            channel.last = when = max(when, channel.last + 1e-9)
-            self._loop.send_at(when, land)
-
-        def land() -> None:
-            port = self._ports.get(target)
-            if port is None or port.down is None:
-                landed()
-            else:
-                port.down.push(channel, size, landed)
-
-        def landed() -> None:
-            if to_relay and target not in self._living:
-                self._loop.call_soon(channel.break_off)
-                return
-            if self._blocked(source, target):
-                self._held.append(landed)
-                return
-            port = self._ports.get(target)
-            if port is not None:
-                port.traffic.received += size
-                if to_relay:
-                    port.traffic.relayed += size
-            if to_relay:
-                self._hop(hops, at + 1, size, arrive, channel)
-            else:
-                arrive()
-
-        if port.up is None:
-            fly()
-        else:
-            port.up.push(channel, size, fly)
+        _Flight(self, hops, 0, size, arrive, channel).leave()
 
     def _seconds(self, source: PeerId, target: PeerId, channel: Channel) -> float:
         weather = self.weather
@@ -296,9 +309,9 @@ class Network:
     # --- NAT
 
     def _needs_relay(self, source: PeerId, target: PeerId) -> bool:
-        ends = {self._ports[source].line.nat, self._ports[target].line.nat}
+        one, other = self._ports[source].line.nat, self._ports[target].line.nat
         # A public peer that wants a NATed one asks it, through a relay, to dial back: the connection is direct.
-        return "public" not in ends and "symmetric" in ends
+        return one != "public" and other != "public" and (one == "symmetric" or other == "symmetric")
 
     def _relay(self, source: PeerId, target: PeerId) -> PeerId | None:
         """A living public peer, one that both reach if there is any: a pair's first or the next that will do."""

@@ -21,7 +21,7 @@ import secrets
 import struct
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -187,6 +187,7 @@ class BlobStore:
         self._partial: dict[BlobId, int] = {}  # sizes; oldest first
         self._receiving: set[BlobId] = set()
         self._memory: dict[BlobId, tuple[ChunkList, _Pieces]] = {}
+        self._added: Counter[BlobId] = Counter()
         self._last_read: dict[BlobId, float] = {}
         self._maps: OrderedDict[BlobId, memoryview] = OrderedDict()
         try:
@@ -441,18 +442,22 @@ class BlobStore:
     # --- memory
 
     def add_memory(self, chunks: ChunkList, buffers: Sequence[Any]) -> BlobRef:
-        """Serve `buffers` as they are, without a copy. They must not change until `drop_memory`."""
+        """Serve `buffers` as they are, without a copy. They must not change until `drop_memory`, once for each add."""
         pieces = _Pieces(buffers)
         if pieces.size != chunks.size:
             raise ValueError(f"{pieces.size} bytes of buffers for a blob of {chunks.size}")
         with self._lock:
-            self._memory[chunks.blob_id] = (chunks, pieces)
+            self._memory.setdefault(chunks.blob_id, (chunks, pieces))
+            self._added[chunks.blob_id] += 1
         return chunks.ref
 
     def drop_memory(self, blob_id: BlobId) -> None:
         with self._lock:
-            self._memory.pop(blob_id, None)
-            self._last_read.pop(blob_id, None)
+            self._added[blob_id] -= 1
+            if self._added[blob_id] <= 0:
+                del self._added[blob_id]
+                self._memory.pop(blob_id, None)
+                self._last_read.pop(blob_id, None)
 
     # --- fetches that have not ended
 

@@ -210,13 +210,13 @@ async def _drain(member: Member, stderr: asyncio.StreamReader) -> None:
         member.stderr = (member.stderr + chunk)[-8192:]
 
 
-def counted_microbatches(members: Sequence[Member]) -> Counter[tuple[str, int, str]]:
-    """How often each (stage, round, microbatch) was counted, over all members: more than once is a bug."""
-    counted: Counter[tuple[str, int, str]] = Counter()
+def counted_microbatches(members: Sequence[Member]) -> Counter[tuple[str, str]]:
+    """How often each (stage, microbatch) was counted, over all members and rounds: more than once is a bug."""
+    counted: Counter[tuple[str, str]] = Counter()
     for member in members:
         for event in member.events:
             if event.get("event") == "swarm.stage.counted":
-                counted.update((event["module"], event["round"], id_) for id_ in event["ids"])
+                counted.update((event["module"], id_) for id_ in event["ids"])
     return counted
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from potluck.dht.directory import Directory
@@ -15,9 +16,10 @@ from potluck.dht.records import Replica, Signed
 from potluck.errors import HardwareError, NetworkError, PotluckError, UserError
 from potluck.net.host import PeerId
 from potluck.peer.build import rules_of
+from potluck.peer.hardware import free_memory
 from potluck.peer.seat import Around, Keeper, Seat
 from potluck.swarm.data import Corpus, assigned_offsets
-from potluck.swarm.keepers import kept_by
+from potluck.swarm.keepers import COPIES, kept_by
 from potluck.swarm.model import ModelSpec
 from potluck.swarm.phases import Round
 from potluck.swarm.rebalance import PERIOD_SECONDS, RULES, PeerLoad, decide, newcomer
@@ -31,6 +33,10 @@ READ_SECONDS: Final = 5.0
 REFRESH_SECONDS: Final = 10.0
 #: A period of rebalancing is not longer than this many rounds.
 PERIOD_ROUNDS: Final = 4
+#: A peer's throughput counts as at most this many times the median.
+MOST_OF_USUAL: Final = 16.0
+#: A keeper needs room for two states, while one becomes the next.
+MEMORY_FACTOR: Final = 3
 #: Names the samples that a trainer draws, whatever stage it serves.
 TRAINER_MODULE: Final = "trainer"
 
@@ -48,10 +54,13 @@ def table_of(rows: Sequence[Sequence[Signed[Replica]]], me: PeerId | None = None
     serving = [[one for one in row if one.record.role != "observer" and one.peer != me] for row in rows]
     measured = [one.record.throughput for row in serving for one in row if one.record.throughput > 0]
     usual = statistics.median(measured) if measured else 1.0
-    return [
-        {one.peer: PeerLoad(one.record.load, one.record.throughput or usual, one.record.moving) for one in row}
-        for row in serving
-    ]
+
+    def load_of(record: Replica) -> PeerLoad:
+        # A word is believed within bounds: nobody empties the other stages by claiming to be a thousand peers.
+        throughput = min(record.throughput or usual, MOST_OF_USUAL * usual)
+        return PeerLoad(min(1.0, record.load), throughput, record.moving)
+
+    return [{one.peer: load_of(one.record) for one in row} for row in serving]
 
 
 async def choose_stage(
@@ -120,6 +129,7 @@ class Pipeline:
         self._coming: str | None = None
         self._keepers: dict[str, tuple[Keeper, asyncio.Task[None]]] = {}
         self._microbatch_seconds = 0.0
+        self._drawn: tuple[Round, int] = (Round(-1), 0)
         self._busy = (time.monotonic(), 0.0)
         self._decided = self._moved = -(10**9)
 
@@ -137,6 +147,19 @@ class Pipeline:
         """We are about to serve a module: the state of it that we kept, if any."""
         self._coming = module
         return await self._stop_keeping(module)
+
+    def stays(self) -> None:
+        """We are not coming after all, and do not try again for as long as those rest who came."""
+        self._coming, self._moved = None, self._period
+
+    async def may_leave(self, module: str) -> bool:
+        """Whether another replica serves a stage now. Whoever is last stays."""
+        try:
+            view = await self._around.directory.replicas(module, timeout_seconds=READ_SECONDS)
+        except PotluckError:
+            return False
+        others = [one.record for one in view.records if one.peer != self._me]
+        return any(record.role != "observer" and record.digest for record in others)
 
     def leave(self, module: str) -> None:
         self._server.leave(module)
@@ -157,6 +180,7 @@ class Pipeline:
                 group.create_task(self._refresh())
                 group.create_task(self._drive())
         finally:
+            await self.driver.close()
             for module in list(self._keepers):
                 await self._stop_keeping(module)
 
@@ -174,6 +198,7 @@ class Pipeline:
             "microbatches": stats.microbatches,
             "resends": stats.resends,
             "thrown_away": stats.thrown_away,
+            "half_counted": stats.half_counted,
         }
 
     def counted(self, seat: Seat, round_: int) -> None:
@@ -234,13 +259,24 @@ class Pipeline:
             await self._stop_keeping(module)
         for module in wanted - self._keepers.keys():
             layout = await asyncio.to_thread(stage_layout, self._around.manifest.model, module)
+            if module == self._coming:
+                continue  # decided meanwhile
             keeper = Keeper(self._around, module, layout)
+            needed = MEMORY_FACTOR * keeper.state_bytes
+            if needed > free_memory(torch.device("cpu")):
+                self._emit("swarm.keeper.failed", module=module, error=f"{needed / 2**30:.1f} GiB are not free")
+                continue
             self._keepers[module] = keeper, asyncio.create_task(keeper.run())
 
     def _may_drop(self, module: str, wanted: Container[str]) -> bool:
-        """A snapshot is dropped when it is not ours to keep, and the stage has replicas."""
-        _, task = self._keepers[module]
-        return task.done() or (module not in wanted and bool(self._replicas[self._names.index(module)]))
+        """A snapshot is dropped when it is not ours to keep and the stage lives, or when others keep it too."""
+        keeper, task = self._keepers[module]
+        if task.done() or (keeper.state is None and module not in wanted):
+            return True
+        records = [one.record for one in self._replicas[self._names.index(module)] if one.peer != self._me]
+        lives = any(record.role != "observer" and record.digest for record in records)
+        kept = sum(1 for record in records if record.role == "observer" and record.digest)
+        return module not in wanted and (lives or kept >= COPIES)
 
     async def _stop_keeping(self, module: str) -> ReplicaState | None:
         """The state that was kept, if any."""
@@ -248,7 +284,9 @@ class Pipeline:
             return None
         keeper, task = self._keepers.pop(module)
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        (result,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(result, Exception):
+            self._emit("swarm.keeper.failed", module=module, error=str(result))
         return keeper.state
 
     # ---- training -------------------------------------------------------------------------------------------
@@ -270,6 +308,7 @@ class Pipeline:
                     loss=loss,
                     resends=self.driver.stats.resends,
                     thrown_away=self.driver.stats.thrown_away,
+                    half_counted=self.driver.stats.half_counted,
                     seconds=time.monotonic() - began,
                 )
             elif self._may_start(until):
@@ -296,8 +335,12 @@ class Pipeline:
         self._microbatch_seconds = 0.8 * old + 0.2 * seconds if old else seconds
 
     def _batches(self, round_: Round) -> Iterator[Tensor]:
-        size, first = self._around.manifest.pipeline.microbatch, 0
+        """Samples that are this trainer's in a round; none twice, however often its training is taken up again."""
+        size = self._around.manifest.pipeline.microbatch
+        if self._drawn[0] != round_:
+            self._drawn = (round_, 0)
         while True:
+            first = self._drawn[1]
+            self._drawn = (round_, first + size)
             offsets = assigned_offsets(self._seed, TRAINER_MODULE, self._me, round_, first, size, self._corpus)
             yield self._corpus.batch(offsets)
-            first += size

@@ -8,7 +8,7 @@ replicas are gone. It costs the stage's contributions as traffic, and 4 to 8 byt
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -190,19 +190,28 @@ class Seat:
 
     async def _on_state(self, state: ReplicaState, residual: Flat | None) -> None:
         self._writer.save(state, residual)
-        if state.round == 0:
+        model = self._around.manifest.model
+        if state.round == 0 and model.initial_state:
             # theta_0 stays available for those whose machines draw other initial weights from the seed.
             store = self._around.node.store
             await asyncio.to_thread(lambda: store.put(b"".join(state.buffers), pin=True))
+        if model.stages == 1 or self.loaded.is_set():  # a stage is nobody's to call before it has the group's state
+            self._announce(state)
+
+    def _announce(self, state: ReplicaState) -> None:
         around, shards = self._around, self.replica.shards
-        announcing = self.presence.announce(state, shards, around.clock.now(), around.manifest.rounds.seconds)
-        task = asyncio.create_task(announcing)
+        self._background(self.presence.announce(state, shards, around.clock.now(), around.manifest.rounds.seconds))
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def _on_event(self, name: str, **fields: Any) -> None:
-        if name == "swarm.round.started":
+        if name == "swarm.round.started" and not self.loaded.is_set():
             self.loaded.set()
+            if self.replica.state:
+                self._announce(self.replica.state)
         self._emit(name, **fields)
 
 
@@ -220,6 +229,10 @@ class Keeper:
         self._placeholder = ReplicaState(module, layout, Round(0), empty, empty if has_velocity else None)
         self._state: ReplicaState | None = None
         self._announcing: asyncio.Task[None] | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        return state_bytes(self._follower.layout, self._placeholder.velocity is not None)
 
     @property
     def state(self) -> ReplicaState | None:

@@ -59,7 +59,13 @@ class Visitor:
         names = stage_names(spec.stages)
         # In one thread: libraries that import themselves lazily do not like two.
         layouts = await asyncio.to_thread(lambda: [_layout(spec, name) for name in names])
-        return dict(zip(names, await asyncio.gather(*map(self._state, names, layouts)), strict=True))
+        tasks = [asyncio.create_task(self._state(name, layout)) for name, layout in zip(names, layouts, strict=True)]
+        try:
+            return dict(zip(names, await asyncio.gather(*tasks), strict=True))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def model(self) -> tuple[nn.Module, Round]:
         """(the whole model, the least round of its stages). It has to fit into this machine's memory."""
@@ -152,12 +158,15 @@ async def visit(
             if measured is not None:
                 clock.correct(measured)
             rounds = manifest.rounds
-            async with asyncio.timeout(DIRECTORY_SECONDS):
-                directory = await node.join_dht(
-                    run_id,
-                    max_ahead_seconds=(rounds.retain + 3) * rounds.seconds + 60,
-                    wait_seconds=min(3.0, max(0.5, rounds.exchange_seconds / 4)),
-                )
+            try:
+                async with asyncio.timeout(DIRECTORY_SECONDS):
+                    directory = await node.join_dht(
+                        run_id,
+                        max_ahead_seconds=(rounds.retain + 3) * rounds.seconds + 60,
+                        wait_seconds=min(3.0, max(0.5, rounds.exchange_seconds / 4)),
+                    )
+            except TimeoutError:
+                raise NetworkError(f"the run's directory did not open within {DIRECTORY_SECONDS:.0f} s") from None
             yield Visitor(
                 Around(
                     run_id=run_id,

@@ -50,6 +50,8 @@ from potluck.swarm.waits import WaitBoard
 #: What a step or a fetch under way gets to end by itself when the peer is stopped.
 STOP_SECONDS = 1.0
 DIRECTORY_SECONDS = 30.0
+#: What the state of a stage that we move to may take to come, while we go on where we are.
+MOVE_SECONDS = 1800.0
 
 
 class Peer:
@@ -338,7 +340,8 @@ class Run:
                 await self._woken.wait()
                 self._woken.clear()
                 for task in (*care, *self._seats, *filter(None, [self._moving])):
-                    if task.done() and not task.cancelled():
+                    # What becomes of a seat that is not ours yet is for `_move` to say.
+                    if task.done() and not task.cancelled() and self._seats.get(task, self.seat) is self.seat:
                         await task
                 for seat in self._seats.values():
                     if seat.presence.taken.done():
@@ -357,11 +360,12 @@ class Run:
             await asyncio.gather(*tasks, return_exceptions=True)
             self.phase = "left"
 
-    def _sit(self, seat: Seat, kept: ReplicaState | None = None) -> None:
+    def _sit(self, seat: Seat, kept: ReplicaState | None = None) -> asyncio.Task[None]:
         task = asyncio.create_task(seat.run(kept))
         self._seats[task] = seat
         task.add_done_callback(self._wake)
         seat.presence.taken.add_done_callback(self._wake)
+        return task
 
     def _wake(self, _: object) -> None:
         self._woken.set()
@@ -375,29 +379,65 @@ class Run:
         self._moving.add_done_callback(self._wake)
 
     async def _move(self, around: Around, module: str) -> None:
-        """Build the stage and take over its state first; only then is the old one left, after its round."""
+        """Build the stage and take over its state first; only then is the old one left, after its round. Whatever
+        fails on the way costs the move, not the peer."""
         old, pipeline = self.seat, self.pipeline
         assert old and pipeline
         self.events.emit("swarm.move.started", module=module, left=old.module)
         try:
             parts = await asyncio.to_thread(self._build, module)
-        except PotluckError as error:
+            kept = await pipeline.coming(module)
+            new = self._make_seat(around, module, parts)
+            new.presence.moving = True
+            await new.presence.announce_coming(module, self._round, self.clock.now(), self.manifest.rounds.seconds)
+            arriving = self._sit(new, kept)
+            if not await self._loaded(new, arriving):
+                raise NetworkError(f"the state of {module} did not come within {MOVE_SECONDS:.0f} s")
+            if self._leaving or self._rounds_left == 0 or not await pipeline.may_leave(old.module):
+                raise NetworkError(f"{old.module} has no other replica any more, or this peer leaves")
+        except (PotluckError, RuntimeError, MemoryError) as error:  # such as too little memory for two stages
             self.events.emit("swarm.move.failed", module=module, error=str(error))
+            await self._give_up(module)
             return
-        kept = await pipeline.coming(module)
-        new = self._make_seat(around, module, parts)
-        new.presence.moving = True
-        round_ = Round(rules_of(self.manifest).clock.round_at(self.clock.now()))
-        await new.presence.announce_coming(module, round_, self.clock.now(), self.manifest.rounds.seconds)
-        self._sit(new, kept)
-        await new.loaded.wait()
         self.seat = new
         pipeline.serve(new)
         old.replica.finish()
         self.events.emit("peer.stage.chosen", module=module)
-        await asyncio.wait([task for task, seat in self._seats.items() if seat is old])
+        for task in [task for task, seat in self._seats.items() if seat is old]:
+            (failure,) = await asyncio.gather(task, return_exceptions=True)
+            if isinstance(failure, Exception):
+                self.events.emit("peer.seat.failed", module=old.module, error=str(failure))
         pipeline.leave(old.module)
         self.events.emit("swarm.move.done", module=module, left=old.module)
+        await old.presence.withdraw(old.module, self._round, self.clock.now(), self.manifest.rounds.seconds)
+
+    @property
+    def _round(self) -> Round:
+        return Round(max(0, rules_of(self.manifest).clock.round_at(self.clock.now())))
+
+    async def _loaded(self, seat: Seat, task: asyncio.Task[None]) -> bool:
+        """Whether a seat has its group's state in time."""
+        loaded = asyncio.create_task(seat.loaded.wait())
+        until = self.clock.now() + MOVE_SECONDS
+        with self.waits.waiting(f"the state of {seat.module}", until, "this peer stays where it is"):
+            await asyncio.wait([loaded, task], timeout=MOVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        loaded.cancel()
+        if task.done() and not task.cancelled():
+            task.result()
+        return seat.loaded.is_set()
+
+    async def _give_up(self, module: str) -> None:
+        """The seat that we were moving to."""
+        assert self.pipeline and self.seat
+        for task, seat in list(self._seats.items()):
+            if seat.module == module and seat is not self.seat:
+                del self._seats[task]
+                seat.replica.stop()
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                now, seconds = self.clock.now(), self.manifest.rounds.seconds
+                await seat.presence.withdraw(module, self._round, now, seconds)
+        self.pipeline.stays()
 
     async def rounds(self, at_most: int | None = None) -> AsyncIterator[RoundReport]:
         """Train, and yield each round's report as it is applied. `at_most`: leave after so many rounds."""
@@ -495,6 +535,8 @@ class Run:
         self._leaving = True
         if self.replica is None:
             return {"leaving_after_round": None}
+        for seat in self._seats.values():
+            seat.replica.finish()
         self.replica.finish()
         round_ = self.replica.state.round if self.replica.state else None
         return {"leaving_after_round": round_}

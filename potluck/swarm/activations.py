@@ -63,6 +63,17 @@ def decode(shape: Sequence[int], body: Buffer, codec: ActivationCodec) -> Tensor
     return x.view(tuple(shape))
 
 
+def check(shape: Sequence[int], body: Buffer, codec: ActivationCodec) -> None:
+    """Whether `decode` would take it, without decoding all of it. Raises CodecError."""
+    size = encoded_bytes(shape, codec)
+    if len(memoryview(body)) != size:
+        raise CodecError(f"{len(memoryview(body))} bytes for activations of shape {tuple(shape)}, not {size}")
+    count = math.prod(shape) if codec == "none" else -(-math.prod(shape) // BLOCK)
+    largest = MAX_MAGNITUDE if codec == "none" else MAX_MAGNITUDE / 128
+    if not bool((torch.frombuffer(body, dtype=torch.float32, count=count).abs() <= largest).all()):
+        raise CodecError("activations are not finite, or too large")
+
+
 def encode_tokens(tokens: Tensor) -> bytes:
     """int64 (B, T) as 32-bit integers."""
     return tokens.to("cpu", torch.int32).contiguous().numpy().tobytes()

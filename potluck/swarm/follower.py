@@ -37,6 +37,8 @@ Emit = Callable[..., None]
 
 #: How far back a joiner looks for a round that somebody committed to.
 LOOK_BACK_ROUNDS = 3
+#: Announced states that are tried where nobody committed, the newest and most held first.
+MAX_SNAPSHOTS = 8
 #: Of a round's length: what the contributions of a missed round may take to come.
 REPLAY_SHARE = 0.4
 
@@ -304,16 +306,17 @@ class Follower:
         timeout = min(5.0, self.rules.clock.seconds)
         with self._waits.waiting("who announces a state", self._now() + timeout, "training goes on from our own"):
             announced = await self._exchange.replicas(self.module, timeout)
-        deadline = self._now() + self._patience
-        by_round: dict[Round, list[Claim]] = defaultdict(list)
+        newest = self.rules.clock.round_at(self._now()) + 1  # whoever is further ahead is nowhere
+        claims: dict[tuple[Round, str], list[PeerId]] = defaultdict(list)
         for signed in announced:
             record = signed.record
-            if signed.peer != self.peer and record.digest is not None and record.round > self._state.round:
-                by_round[Round(record.round)].append(Claim(signed.peer, record.digest.hex(), 0))
-        for round_ in sorted(by_round, reverse=True)[:LOOK_BACK_ROUNDS]:
-            agreed = agreement(by_round[round_])
-            assert agreed
-            state = await self._fetch_state(agreed, round_, deadline)
+            if signed.peer != self.peer and record.digest is not None and self._state.round < record.round <= newest:
+                claims[Round(record.round), record.digest.hex()].append(signed.peer)
+        ranked = sorted(claims, key=lambda claim: (claim[0], len(claims[claim]), claim[1]), reverse=True)
+        for round_, digest in ranked[:MAX_SNAPSHOTS]:
+            agreed = Agreement(digest, 0, tuple(sorted(claims[round_, digest])), unanimous=False)
+            # One after another, each with a time of its own: whoever promises much and sends nothing costs only that.
+            state = await self._fetch_state(agreed, round_, self._now() + self._patience / MAX_SNAPSHOTS)
             if state is not None and state.history >= self._state.history:
                 self._drop_residual(reason)
                 await self._become(state)

@@ -57,6 +57,11 @@ class Presence:
         """That this peer is on its way to a module: it counts there, though it has no state yet."""
         await self._publish(module, round_, None, 0, now, round_seconds)
 
+    async def withdraw(self, module: str, round_: Round, now: float, round_seconds: float) -> None:
+        """That this peer has left a module: nobody is to call it, nor count it there. Until the record expires."""
+        self._role, self.moving = "observer", True
+        await self._publish(module, round_, None, 0, now + round_seconds, round_seconds)
+
     async def _publish(
         self, module: str, round_: Round, digest: bytes | None, shard: int, now: float, round_seconds: float
     ) -> None:

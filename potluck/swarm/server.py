@@ -4,7 +4,7 @@
     stage.loss      input, targets -> loss, its gradient    (the last stage: forward and backward in one call)
     stage.backward  gradient [, input] -> gradient          (the input only if this server no longer has it)
     stage.through   tokens, targets, route -> losses        (the whole way there and back, from server to server)
-    stage.confirm   ids -> nothing                          (every stage has counted these)
+    stage.confirm   ids -> how many are lost here           (every stage has counted these)
 
 In `stage.through` a server hands its output straight to the next one on the route that the trainer chose, and gets the
 gradient back as that call's answer: half the hops, and the trainer sends tokens only.
@@ -13,14 +13,24 @@ gradient back as that call's answer: half the hops, and the trainer sends tokens
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, cast
 
 from torch import Tensor
 
-from potluck.errors import NetworkError, ProtocolError, RpcRemoteError
+from potluck.errors import (
+    CodecError,
+    ManifestError,
+    NetworkError,
+    ProtocolError,
+    RpcRefused,
+    RpcRemoteError,
+    RpcTimeout,
+    RpcUnreached,
+)
 from potluck.net.host import PeerId
 from potluck.net.rpc import Reply, Rpc
 from potluck.net.wire import Buffer
@@ -40,6 +50,9 @@ ID_BYTES: Final = 16
 MAX_IDS: Final = 1024
 #: Larger bodies are converted in a thread, so that the event loop goes on.
 INLINE_BYTES: Final = 256 * 1024
+MAX_STAGES: Final = 256
+#: Of the time that is left, what the rest of a route gets.
+ONWARD_SHARE: Final = 0.95
 
 
 @dataclass(frozen=True)
@@ -53,21 +66,50 @@ class Shapes:
     codec: ActivationCodec = "none"
 
 
-class StageFailed(NetworkError):
-    """A server further down the route failed; `hop` is its place on the route, 0 the one that the trainer called."""
+How = Literal["failed", "late", "busy"]
 
-    def __init__(self, hop: int, why: str) -> None:
-        super().__init__(f"hop {hop}: {why}")
-        self.hop = hop
+
+class StageFailed(NetworkError):
+    """A server on the route did not do its part; `hop` is its place, 0 the one that the trainer called.
+
+    `how`: late is slow, not broken, and busy only says when to come again.
+    """
+
+    def __init__(self, hop: int, why: str, how: How = "failed") -> None:
+        super().__init__(f"hop {hop} {how}: {why}")
+        self.hop, self.how = hop, how
 
     @classmethod
     def heard(cls, error: NetworkError, hop: int) -> StageFailed:
         """What a call to the server at `hop` raised: that one's failure, or one further down that it tells of."""
         if isinstance(error, RpcRemoteError) and error.kind == cls.__name__:
-            told = re.search(r"hop (\d{1,3}): (.*)", str(error), re.DOTALL)
+            told = re.search(r"hop (\d{1,3}) (failed|late|busy): (.*)", str(error), re.DOTALL)
             if told and int(told[1]) > hop:
-                return cls(int(told[1]), told[2])
-        return cls(hop, str(error))
+                return cls(int(told[1]), told[3], cast(How, told[2]))
+        late = isinstance(error, RpcTimeout) and not isinstance(error, RpcUnreached)
+        return cls(hop, str(error), "late" if late else "busy" if isinstance(error, RpcRefused) else "failed")
+
+
+def loss_of(reply: Reply) -> float:
+    """Summed over tokens. Raises ProtocolError."""
+    loss = reply.head.get("loss")
+    if not isinstance(loss, float) or not math.isfinite(loss):
+        raise ProtocolError("answered without a loss")
+    return loss
+
+
+def seconds_of(reply: Reply) -> list[float]:
+    """What each server of the route says that it took. Raises ProtocolError."""
+    seconds = reply.head.get("seconds")
+    if not isinstance(seconds, list) or len(seconds) > MAX_STAGES:
+        raise ProtocolError("answered without its seconds")
+    if not all(isinstance(each, float) and 0 <= each < math.inf for each in seconds):
+        raise ProtocolError("answered with seconds that are none")
+    return seconds
+
+
+def next_stage(module: str) -> str:
+    return f"stage.{int(module.removeprefix('stage.')) + 1}"
 
 
 class StageServer:
@@ -78,6 +120,12 @@ class StageServer:
         self._hosted: dict[str, StageTrainer] = {}
         activations = encoded_bytes((shapes.batch, shapes.length, shapes.hidden), shapes.codec)
         tokens = 4 * shapes.batch * shapes.length
+        most = rpc.limits.buffered_bytes_per_peer
+        if 2 * activations + tokens > most:
+            raise ManifestError(
+                f"pipeline.microbatch: {shapes.batch} sequences of {shapes.length} tokens, {shapes.hidden} wide, make "
+                f"requests of {(2 * activations + tokens) / 2**20:.0f} MiB, allowed {most / 2**20:.0f}: lower it"
+            )
         for name, handler, most in (
             ("forward", self._forward, max(activations, tokens)),
             ("loss", self._loss, activations + tokens),
@@ -140,45 +188,55 @@ class StageServer:
         ):
             raise ProtocolError("stage.through without a route")
         if trainer.stage.last:
-            return await self._loss(peer, head | {"train": True}, body)
-        if not route or len(route) > 256:
-            raise ProtocolError("stage.through: the route ends before the last stage")
+            began = asyncio.get_running_loop().time()
+            graded = await self._loss(peer, head | {"train": True}, body)
+            return Reply({**graded.head, "seconds": [asyncio.get_running_loop().time() - began]}, graded.body)
+        if not route or route[0][0] != next_stage(head["module"]):
+            raise ProtocolError("stage.through: the route does not lead to the next stage")
         timeout = head.get("timeout")
         if not isinstance(timeout, int | float) or not 0 < timeout <= 3600:
             raise ProtocolError("stage.through without a timeout in seconds")
+        began = asyncio.get_running_loop().time()
         x, targets = await self._with_targets(trainer, head, body)
         y, _ = await self._run(trainer, Job("forward", id_, x=x))
         assert y is not None
+        worked = asyncio.get_running_loop().time() - began
         (module, server), rest = route[0], route[1:]
+        # Less at each hop: so the hop that hangs is named by the one before it, and not by the trainer's own clock.
+        left = ONWARD_SHARE * (timeout - worked)
+        if left <= 0:
+            raise StageFailed(0, "no time left for the rest of the route", "late")
         hop = 1 + (here if isinstance(here := head.get("hop"), int) and 0 <= here < 256 else 0)
         shape, activations = await self._encode(y)
-        onward = {"module": module, "id": id_, "shape": shape, "route": rest, "timeout": timeout, "hop": hop}
+        onward = {"module": module, "id": id_, "shape": shape, "route": rest, "timeout": left, "hop": hop}
         try:
             reply = await self._rpc.call(
                 PeerId(server),
                 "stage.through",
                 onward,
                 b"".join([activations, encode_tokens(targets)]),
-                timeout_seconds=timeout,
+                timeout_seconds=left,
                 max_response_bytes=encoded_bytes(shape, self._shapes.codec),
                 lane="bulk",
             )
+            loss, seconds = loss_of(reply), seconds_of(reply)
+            grad = await self._decode(shape, reply.body)
         except NetworkError as error:
             raise StageFailed.heard(error, hop) from None
-        grad = await self._decode(shape, reply.body)
+        except (CodecError, ProtocolError) as error:
+            raise StageFailed(hop, str(error)) from None
+        began = asyncio.get_running_loop().time()
         answer, _ = await self._run(trainer, Job("backward", id_, x=x, grad=grad))
-        loss = reply.head.get("loss")
-        if not isinstance(loss, float):
-            raise StageFailed(hop, "answered without a loss")
-        return await self._graded(answer, loss)
+        worked += asyncio.get_running_loop().time() - began
+        graded = await self._graded(answer, loss)
+        return Reply({**graded.head, "seconds": [worked, *seconds][:MAX_STAGES]}, graded.body)
 
     async def _confirm(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
         trainer = self._trainer(head)
         ids, loss = head.get("ids"), head.get("loss")
         if not isinstance(ids, list) or len(ids) > MAX_IDS or not all(isinstance(i, bytes) for i in ids):
             raise ProtocolError("stage.confirm without a list of ids")
-        trainer.confirm(ids, loss if isinstance(loss, float) else None)
-        return Reply()
+        return Reply({"lost": trainer.confirm(ids, loss if isinstance(loss, float) else None)})
 
     # ---- parsing --------------------------------------------------------------------------------------------
 

@@ -40,8 +40,21 @@ from potluck.swarm.stage import Stage
 
 #: Microbatches whose answer was asked for and not confirmed; beyond it backwards are refused.
 MAX_UNCONFIRMED: Final = 256
+#: Bytes that may be held for them, if the cache for graphs is smaller.
+LEAST_HELD: Final = 1 << 28
 #: Output gradients whose length per token is this many times the usual are refused: no honest loss gives them.
 GRADIENT_LIMIT: Final = 100.0
+#: Length per token of an output gradient, until there are enough to say what is usual: far above any of a summed loss.
+MAX_LENGTH: Final = 1e4
+#: A confirmed loss is at most this many times that of guessing.
+MAX_LOSS: Final = 10.0
+#: Forwards remembered, however small they are.
+MAX_KEPT: Final = 1024
+#: What an unconfirmed sum may wait, in times that confirmations usually take, and at most.
+CONFIRM_PATIENCE: Final = 4.0
+LONGEST_WAIT_SECONDS: Final = 60.0
+#: Logits of microbatches that are computed together.
+STACK_BYTES: Final = 1 << 28
 RETRY_SECONDS: Final = 0.25
 #: Microbatches that are computed together, if as many wait.
 MAX_STACK: Final = 8
@@ -81,9 +94,10 @@ class JobQueue:
         self.changed = threading.Condition()
 
     def put(self, job: Job) -> None:
-        """Raises RpcRefused when it is full or closed."""
+        """Raises RpcRefused when it is full or closed. For forwards three quarters of it count, for those who only look
+        half: nobody's questions keep a backward out."""
         with self.changed:
-            if not self._open or len(self._jobs) >= self._limit:
+            if not self._open or len(self._jobs) >= self._limit * (4 - job.priority) // 4:
                 raise RpcRefused("this stage is busy" if self._open else "between two rounds", RETRY_SECONDS)
             heapq.heappush(self._jobs, (job.priority, next(self._numbers), job))
             self.changed.notify()
@@ -142,7 +156,16 @@ class _Counted:
     targets: Tensor | None
     tokens: int
     reply: tuple[Tensor | None, float] | None
+    length: float | None = None
+    """Of `grad`, per token."""
     confirmed: bool = False
+    at: float = field(default_factory=time.monotonic)
+
+    @property
+    def held_bytes(self) -> int:
+        """That go when it is confirmed."""
+        tensors = [self.x, self.grad, self.targets, self.reply[0] if self.reply else None]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 @dataclass
@@ -150,6 +173,9 @@ class _Sum:
     """Gradients that are to become one step. `grads` is None while they are in the parameters' own `grad`."""
 
     counted: dict[bytes, _Counted] = field(default_factory=dict)
+    #: Not confirmed yet, and what is held for them.
+    unconfirmed: int = 0
+    held_bytes: int = 0
     grads: list[Tensor | None] | None = None
     sealed_at: float = 0.0
 
@@ -159,7 +185,7 @@ class _Sum:
 
     @property
     def confirmed(self) -> bool:
-        return all(one.confirmed for one in self.counted.values())
+        return not self.unconfirmed
 
 
 @dataclass
@@ -201,6 +227,7 @@ class StageTrainer:
         self.stats = StageStats()
         self.step_tokens, self.settle_seconds = step_tokens, settle_seconds
         self._cache_bytes, self._cache_seconds = cache_bytes, cache_seconds
+        self._most_held = max(LEAST_HELD, cache_bytes)
         self._parameters = list(stage.parameters())
         self._dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in stage.modules())
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
@@ -210,7 +237,10 @@ class StageTrainer:
         self._seen: set[bytes] = set()
         self._losses: deque[float] = deque(maxlen=64)
         self._lengths: deque[float] = deque(maxlen=64)
-        self._loss = math.log(max(2, int(stage.config.get_text_config().vocab_size)))
+        self._vocabulary = max(2, int(stage.config.get_text_config().vocab_size))
+        self._guessing = math.log(self._vocabulary)
+        self._confirm_seconds = 0.0
+        self._stepped: set[bytes] = set()
         self._first_step = self._steps = self._tokens = 0
         self._most = MAX_STACK
         #: Microbatches in the steps of the round's training, by now.
@@ -220,22 +250,36 @@ class StageTrainer:
 
     def submit(self, job: Job) -> Future[tuple[Tensor | None, float]]:
         """(output, or gradient of the input, or None; loss summed over tokens, or 0). Raises RpcRefused when full."""
-        if job.priority == 0 and len(self._open.counted) >= MAX_UNCONFIRMED:
+        waiting = [sum_ for sum_ in (self._sealed, self._open) if sum_]
+        many = sum(sum_.unconfirmed for sum_ in waiting) >= MAX_UNCONFIRMED
+        if job.priority == 0 and (many or sum(sum_.held_bytes for sum_ in waiting) > self._most_held):
             raise RpcRefused("too many microbatches wait for their confirmation", RETRY_SECONDS)
         self.queue.put(job)
         return job.answer
 
-    def confirm(self, ids: Sequence[bytes], loss: float | None = None) -> None:
-        """Every stage has counted these. `loss`: their mean in nats per token, as the trainer knows it."""
+    def confirm(self, ids: Sequence[bytes], loss: float | None = None) -> int:
+        """Every stage has counted these. `loss`: their mean in nats per token, as the trainer knows it.
+
+        How many are not here (any more): those count in the other stages only. A retry is safe.
+        """
+        found, now = 0, time.monotonic()
         with self.queue.changed:
-            for sum_ in (self._sealed, self._open):
-                for id_ in ids:
-                    if sum_ and (one := sum_.counted.get(id_)):
-                        one.confirmed = True
-                        one.x = one.grad = one.targets = one.reply = None
-            if loss is not None and math.isfinite(loss):
+            for id_ in set(ids):
+                sum_ = next((s for s in (self._sealed, self._open) if s and id_ in s.counted), None)
+                found += sum_ is not None or id_ in self._stepped
+                if sum_ is None or (one := sum_.counted[id_]).confirmed:
+                    continue
+                sum_.unconfirmed -= 1
+                sum_.held_bytes -= one.held_bytes
+                one.confirmed = True
+                one.x = one.grad = one.targets = one.reply = None
+                self._confirm_seconds += 0.1 * (now - one.at - self._confirm_seconds)
+                if one.length is not None:
+                    self._lengths.append(one.length)
+            if found and loss is not None and 0 <= loss <= MAX_LOSS * self._guessing:
                 self._losses.append(loss)
             self.queue.changed.notify()
+        return len(set(ids)) - found
 
     def keeps(self, id_: bytes) -> bool:
         """Whether a backward of this microbatch need not bring its input."""
@@ -245,7 +289,7 @@ class StageTrainer:
     def loss(self) -> float:
         """Mean loss of the latest confirmed microbatches, nats per token."""
         losses = list(self._losses)
-        return statistics.fmean(losses) if losses else self._loss
+        return statistics.fmean(losses) if losses else self._guessing
 
     # ---- `swarm.rounds.Trainer` -----------------------------------------------------------------------------
 
@@ -277,6 +321,7 @@ class StageTrainer:
         self._first_step, self._steps, self._tokens = first_step, 0, 0
         self.counted = []
         self._seen.clear()
+        self._stepped.clear()
         took = 0.0
         self.queue.open()
         try:
@@ -333,9 +378,11 @@ class StageTrainer:
             return False
         if any(job.id == other.id for other in taken):
             return False  # asked again: to be counted once
+        batch, length, *_ = _shape(first)
         if first.priority == 0:
-            batch, length, *_ = _shape(first)
             most = min(most, (self.step_tokens - self._open.tokens) // (batch * length))
+        if self.stage.last:  # logits, as they come, in float32, and their gradient
+            most = min(most, STACK_BYTES // (12 * batch * length * self._vocabulary))
         return len(taken) < most
 
     def _is_single(self, job: Job) -> bool:
@@ -350,6 +397,7 @@ class StageTrainer:
         """The same as one after another, but for rounding. `jobs`: of one shape, no graph kept."""
         x = torch.cat([job.x for job in jobs if job.x is not None]).to(self.device)
         grad = targets = None
+        lengths: Sequence[float | None] = [None] * len(jobs)
         match jobs[0].kind:
             case "forward":
                 self.stats.forwards += len(jobs)
@@ -360,8 +408,8 @@ class StageTrainer:
                 replies = self._losses_of(jobs, x, targets)
             case "backward":
                 grad = torch.cat([job.grad for job in jobs if job.grad is not None]).to(self.device)
-                for part in grad.unflatten(0, (len(jobs), -1)):  # type: ignore[no-untyped-call]
-                    self._check_length(part)
+                parts = grad.unflatten(0, (len(jobs), -1))  # type: ignore[no-untyped-call]
+                lengths = [self._checked_length(part) for part in parts]
                 back, _ = self._differentiate(b"", x, grad, None)
                 replies = [(part, 0.0) for part in _parts(back, len(jobs))]
         if jobs[0].train:
@@ -369,7 +417,7 @@ class StageTrainer:
             tokens = x.shape[0] * x.shape[1] // len(jobs)
             inputs, grads, wanted = (_parts(each, len(jobs)) for each in (x, grad, targets))
             for i, (job, reply) in enumerate(zip(jobs, replies, strict=True)):
-                self._count(job.id, _Counted(inputs[i], grads[i], wanted[i], tokens, reply))
+                self._count(job.id, _Counted(inputs[i], grads[i], wanted[i], tokens, reply, lengths[i]))
         return replies
 
     def _losses_of(self, jobs: Sequence[Job], x: Tensor, targets: Tensor) -> list[tuple[Tensor | None, float]]:
@@ -403,10 +451,11 @@ class StageTrainer:
                 return self._apply(x)
         self._prune()
         size = self._graph_bytes.get(x.shape)
-        measured = [0]
+        saved: dict[int, int] = {}
 
         def measure(tensor: Tensor) -> Tensor:
-            measured[0] += tensor.numel() * tensor.element_size()
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         hooks: AbstractContextManager[object] = nullcontext()
@@ -416,8 +465,9 @@ class StageTrainer:
         with hooks, autocast(self.spec, self.device), self._dice(id_):
             y = self._apply(x)
         if size is None:
-            weights = sum(p.numel() * p.element_size() for p in self._parameters)
-            size = self._graph_bytes[x.shape] = max(1, measured[0] - weights)
+            weights = {p.untyped_storage().data_ptr() for p in self._parameters}
+            held = sum(size for pointer, size in saved.items() if pointer not in weights)
+            size = self._graph_bytes[x.shape] = held + x.numel() * x.element_size()
         if size <= self._cache_bytes:
             self._kept[id_] = _Kept(x, y, time.monotonic())
         return y.detach()
@@ -427,13 +477,13 @@ class StageTrainer:
         if again := self._counted_before(job):
             return again
         kept = self._kept.pop(job.id, None)
-        x = kept.x.detach() if kept else job.x
-        if x is None:
+        if kept is None and job.x is None:
             raise InputNeeded(f"the input of microbatch {job.id.hex()[:8]} is not here")
+        x = kept.x.detach() if kept else job.x.to(self.device)  # type: ignore[union-attr]
         grad = job.grad.to(self.device)
         if grad.shape[:2] != x.shape[:2]:
             raise ProtocolError(f"a gradient of shape {tuple(grad.shape)} for an input of shape {tuple(x.shape)}")
-        self._check_length(grad)
+        length = self._checked_length(grad)
         if kept and kept.y is not None:
             self.stats.hits += 1
             kept.y.backward(grad)  # type: ignore[no-untyped-call]
@@ -441,7 +491,7 @@ class StageTrainer:
         else:
             reply = self._differentiate(job.id, x, grad, None)
         self.stats.backwards += 1
-        self._count(job.id, _Counted(x, grad, None, x.shape[0] * x.shape[1], reply))
+        self._count(job.id, _Counted(x, grad, None, x.shape[0] * x.shape[1], reply, length))
         return reply
 
     def _loss_of(self, job: Job) -> tuple[Tensor | None, float]:
@@ -489,19 +539,24 @@ class StageTrainer:
         """Dropout falls for a recomputation as it fell the first time."""
         return _seeded(id_) if self._dropout else nullcontext()
 
-    def _check_length(self, grad: Tensor) -> None:
+    def _checked_length(self, grad: Tensor) -> float:
+        """Per token. Compared with those of microbatches that were confirmed: only who trains through all stages has a
+        say in what is usual."""
         length = float(grad.norm()) / math.sqrt(grad.shape[0] * grad.shape[1])
-        if len(self._lengths) >= 16 and length > GRADIENT_LIMIT * statistics.median(self._lengths):
-            raise ProtocolError(f"a gradient {length / statistics.median(self._lengths):.0f} times as long as usual")
-        self._lengths.append(length)
+        usual = statistics.median(self._lengths) if len(self._lengths) >= 16 else MAX_LENGTH / GRADIENT_LIMIT
+        if not length <= GRADIENT_LIMIT * usual:
+            raise ProtocolError(f"a gradient {length / usual:.0f} times as long as usual")
+        return length
 
     # ---- what is remembered of forwards ---------------------------------------------------------------------
 
     def _prune(self) -> None:
-        room, now = self._cache_bytes, time.monotonic()
-        for id_, kept in reversed(list(self._kept.items())):
+        """The newest stay, as far as there is room for them and one more."""
+        now = time.monotonic()
+        room = self._cache_bytes - max(self._graph_bytes.values(), default=0)
+        for number, (id_, kept) in enumerate(reversed(list(self._kept.items()))):
             room -= self._graph_bytes.get(kept.x.shape, 0)
-            if room < 0 or now - kept.at > self._cache_seconds:
+            if room < 0 or number >= MAX_KEPT or now - kept.at > self._cache_seconds:
                 del self._kept[id_]
 
     def _forget_graphs(self) -> None:
@@ -523,15 +578,29 @@ class StageTrainer:
         with self.queue.changed:
             self._seen.add(id_)
             self._open.counted[id_] = one
+            self._open.unconfirmed += 1
+            self._open.held_bytes += one.held_bytes
 
     def _maybe_step(self) -> None:
         if self._sealed is None and self._open.tokens >= self.step_tokens:
             self._seal()
         if self._sealed is not None:
-            if not self._sealed.confirmed and time.monotonic() - self._sealed.sealed_at < self.settle_seconds:
-                return
-            self._void(self._sealed)
+            # The last microbatch of a sum has its way back before it; later gradients gather meanwhile.
+            patience = max(self.settle_seconds, CONFIRM_PATIENCE * self._confirm_seconds)
+            waited = time.monotonic() - self._sealed.sealed_at
+            if self._sealed.confirmed or waited > min(patience, LONGEST_WAIT_SECONDS):
+                self._finish(self._sealed)
+
+    def _finish(self, sealed: _Sum) -> None:
+        """Throw away what nobody confirmed, and step. What cannot be computed costs this sum, not the peer."""
+        try:
+            self._void(sealed)
             self._step()
+        except (PotluckError, RuntimeError):  # out of memory, or not finite with the parameters of today
+            self.stats.voided += len(sealed.counted)
+            self._sealed = None
+            self._kept.clear()
+            self._most = 1
 
     def _seal(self) -> None:
         with self.queue.changed:
@@ -553,12 +622,16 @@ class StageTrainer:
             lost = {id_: one for id_, one in sum_.counted.items() if not one.confirmed}
             for id_ in lost:
                 del sum_.counted[id_]
+            sum_.unconfirmed = sum_.held_bytes = 0
         for id_, one in lost.items():
             assert one.x is not None
             self.stats.voided += 1
             aside = self._swap([None] * len(self._parameters))
-            self._differentiate(id_, one.x, one.grad, one.targets)
-            for total, back in zip(sum_.grads, self._swap(aside), strict=True):
+            try:
+                self._differentiate(id_, one.x, one.grad, one.targets)
+            finally:
+                gone = self._swap(aside)
+            for total, back in zip(sum_.grads, gone, strict=True):
                 if total is not None and back is not None:
                     total -= back
 
@@ -569,6 +642,8 @@ class StageTrainer:
         tokens = sealed.tokens
         if not tokens:
             return
+        if not all(torch.isfinite(g).all() for g in sealed.grads if g is not None):
+            raise ProtocolError("gradients are not finite")
         aside = self._swap([None if g is None else g.div_(tokens) for g in sealed.grads])
         rate = learning_rate_at(self.spec, self._first_step + self._steps) * min(1.0, tokens / self.step_tokens)
         take_step(self.optimizer, self._parameters, self.spec.gradient_clip, rate)
@@ -577,6 +652,7 @@ class StageTrainer:
         self._steps += 1
         self._tokens += tokens
         self.counted += sealed.counted
+        self._stepped.update(sealed.counted)
 
     def _settle(self, seconds: float) -> None:
         """The round's training ends: steps with all that is confirmed within `seconds`; the rest is thrown away."""
@@ -588,8 +664,7 @@ class StageTrainer:
             with self.queue.changed:
                 while not self._sealed.confirmed and (left := until - time.monotonic()) > 0:
                     self.queue.changed.wait(left)
-            self._void(self._sealed)
-            self._step()
+            self._finish(self._sealed)
         for p in self._parameters:
             p.grad = None
 

@@ -517,3 +517,24 @@ def test_who_has_trained_more_takes_no_older_snapshot() -> None:
         assert theta and theta.history >= 30
 
     simulate(body)
+
+
+def test_announcements_from_the_far_future_neither_win_nor_hide_real_ones() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(3)]
+        swarm.start(8, keeper=True)
+        await swarm.until(62.0)
+        last = swarm.replicas[peers[0]].state
+        assert last
+        for peer in peers:
+            swarm.crash(peer)
+        for number in range(30, 40):
+            liar = FakeExchange(swarm.world, PeerId(f"peer-{number}"))
+            liar.offer_state(ReplicaState(MODULE, LAYOUT, Round(10**6 + number), LAYOUT.zeros(), None, history=10**6))
+        await swarm.until(137.0)
+        healer = swarm.start(5)
+        await swarm.until(300.0)
+        after = swarm.replicas[healer].state
+        assert after and after.round < 100 and after.history > last.history
+
+    simulate(body)

@@ -430,3 +430,17 @@ def test_a_slow_disk_does_not_keep_readers_waiting(tmp_path: Path, monkeypatch: 
     go_on.set()
     thread.join()
     assert store.used_bytes == len(b"ready") + len(b"slow") and len(store.ids()) == 2
+
+
+def test_memory_that_two_have_lent_stays_until_both_take_it_back(tmp_path: Path) -> None:
+    store, data = BlobStore(tmp_path / "s", 10**6), b"x" * 100
+    chunks = ChunkList.of([data])
+    for _ in range(2):
+        store.add_memory(chunks, [data])
+    store.drop_memory(chunks.blob_id)
+    assert bytes(store.chunk(chunks.blob_id, 0)) == data
+    store.drop_memory(chunks.blob_id)
+    assert not store.has(chunks.blob_id)
+    store.drop_memory(chunks.blob_id)
+    store.add_memory(chunks, [data])
+    assert store.has(chunks.blob_id)

@@ -7,7 +7,9 @@ import functools
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor
 
 from potluck.dht.manifest import ModelPart, TrainingPart
-from potluck.errors import PotluckError, ProtocolError, RpcRemoteError
+from potluck.errors import PotluckError, ProtocolError, RpcRefused, RpcRemoteError
 from potluck.net.host import PeerId
-from potluck.net.rpc import Rpc
+from potluck.net.rpc import Reply, Rpc
+from potluck.swarm import stage_trainer
 from potluck.swarm.activations import decode, encode
 from potluck.swarm.server import Shapes, StageServer
 from potluck.swarm.stage import build_stage, join_stages, stage_names
@@ -333,7 +336,109 @@ async def test_a_flood_is_refused_and_memory_stays_bounded(tmp_path: Path) -> No
 
         outcomes = await asyncio.gather(*map(forward, range(60)))
         assert "RpcRefused" in outcomes and "done" in outcomes and set(outcomes) <= {"RpcRefused", "done"}
-        assert len(first.trainer._kept) <= 60
+
+
+def test_remembered_graphs_stay_within_the_cache() -> None:
+    trainer = bare("backward", cache_bytes=1 << 40)
+    (one,) = jobs_of("forward", 1)
+    work_off(trainer, [one], together=False)
+    graph = trainer._graph_bytes[one.x.shape]  # type: ignore[union-attr]
+    assert graph > one.x.numel() * 4  # type: ignore[union-attr]
+    trainer = bare("backward", cache_bytes=3 * graph)
+    work_off(trainer, jobs_of("forward", 20), together=False)
+    assert 1 <= len(trainer._kept) <= 3
+
+
+@pytest.mark.parametrize("loss", [1.7e308, -5.0, float("nan"), float("inf"), 1e9])
+def test_a_strangers_loss_is_no_ones(loss: float) -> None:
+    trainer = bare("loss")
+    assert trainer.confirm([], loss) == 0 and trainer.confirm([b"?" * 16], loss) == 1
+    jobs = jobs_of("loss", 2)
+    work_off(trainer, jobs, together=True)
+    before = trainer.loss
+    assert trainer.confirm([jobs[0].id], loss) == 0
+    assert trainer.loss == before
+    trainer.confirm([jobs[1].id], 3.0)
+    assert trainer.loss == 3.0
+
+
+def test_a_gradient_of_no_honest_loss_is_refused_from_the_beginning_and_teaches_nothing() -> None:
+    trainer = bare("backward")
+    for number in range(40):
+        (job,) = jobs_of("backward", 1)
+        job.id, job.grad = bytes([number]) * 16, torch.full((2, 16, HIDDEN), 1e29)
+        work_off(trainer, [job], together=False)
+        assert isinstance(job.answer.exception(), ProtocolError)
+    usual = jobs_of("backward", 20)
+    work_off(trainer, usual, together=True)
+    trainer.confirm([job.id for job in usual])
+    (large,) = jobs_of("backward", 1, batch=3)
+    assert large.grad is not None
+    large.grad *= 1000
+    work_off(trainer, [large], together=False)
+    assert "as long as usual" in str(large.answer.exception())
+
+
+def test_what_waits_for_its_confirmation_is_bounded_and_what_is_confirmed_is_not_in_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage_trainer, "MAX_UNCONFIRMED", 20)
+    trainer = bare("loss")
+    for batch in range(3):
+        jobs = [replace(job, id=bytes([batch]) * 8 + job.id[8:], answer=Future()) for job in jobs_of("loss", 15)]
+        work_off(trainer, jobs, together=True)
+        trainer.confirm([job.id for job in jobs])
+    assert len(trainer._open.counted) == 45 and trainer._open.held_bytes == 0
+    with pytest.raises(RpcRefused, match="confirmation"):
+        for job in jobs_of("loss", 40):
+            work_off(trainer, [replace(job, id=b"other id" + job.id[8:], answer=Future())], together=False)
+    assert trainer._open.unconfirmed == 20
+
+
+@pytest.mark.parametrize("answer", ["nothing", "shape", "length", "nan"])
+@in_loop
+async def test_whoever_answers_nonsense_is_banned_and_nobody_else(tmp_path: Path, answer: str) -> None:
+    async with pipeline(tmp_path, 3, 2) as (trainer, peers):
+        liar = peers[1][0]
+
+        async def lie(peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
+            wrong = {"shape": [2, 15, HIDDEN]} if answer == "shape" else {"shape": [2, 16, HIDDEN]}
+            size = 4 * 2 * 15 * HIDDEN if answer in ("shape", "length") else 4 * 2 * 16 * HIDDEN
+            return Reply() if answer == "nothing" else Reply(wrong, b"\xff" * size)
+
+        for method in ("forward", "backward"):
+            liar.rpc._methods.pop(f"stage.{method}")
+            liar.rpc.register(f"stage.{method}", lie, max_request_bytes=10**6)
+        source = batches()
+        sent = [next(source) for _ in range(6)]
+        for one in sent:
+            await trainer.microbatch(one)
+        await trainer.flush()
+        assert trainer.stats.resends >= 1
+        banned = [peer for wiring in trainer.wirings for peer, known in wiring._servers.items() if known.failures]
+        assert banned == [liar.id]
+        liar.grads = []
+        await check_exact(trainer, [peers[0], [peers[1][1]], peers[2]], sent, 1e-5)
+
+
+@in_loop
+async def test_a_hop_that_hangs_is_named_by_the_one_before_it(tmp_path: Path) -> None:
+    async with pipeline(tmp_path, 3, 2, direct=True) as (trainer, peers):
+        stuck = peers[2][0]
+
+        async def hang(peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
+            await asyncio.sleep(3600)
+            return Reply()
+
+        stuck.rpc._methods.pop("stage.through")
+        stuck.rpc.register("stage.through", hang, max_request_bytes=10**6)
+        trainer._timeout = lambda k, server, one: 1.0  # type: ignore[method-assign]
+        for one in [next(batches()) for _ in range(4)]:
+            await trainer.microbatch(one)
+        await trainer.flush()
+        paces = {peer: wiring._pace(known) for wiring in trainer.wirings for peer, known in wiring._servers.items()}
+        assert max(paces, key=lambda peer: paces[peer]) == stuck.id
+        assert trainer.stats.half_counted == 0
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 65), (4, 16, 32)])

@@ -35,7 +35,8 @@ def _pipeline(pipeline: Any) -> list[str]:
     stages = []
     for k, stage in enumerate(pipeline["stages"]):
         load = "" if stage["load"] is None else f", load {stage['load']:.2f}"
-        stages.append(f"{k}: {stage['replicas']} replicas, {stage['keepers']} keepers{load}")
+        rate = f", {stage['samples_per_second']:g} samples/s"
+        stages.append(f"{k}: {stage['replicas']} replicas, {stage['keepers']} keepers{load}{rate}")
     keeps = f", keeps {' and '.join(pipeline['keeps'])}" if pipeline["keeps"] else ""
     return [
         f"stages     {'  '.join(stages)}; this peer serves {pipeline['module']}{keeps}",

@@ -170,8 +170,7 @@ class Demo:
         return {
             "stages": self.script.stages,
             "microbatches": sum(event["microbatches"] for event in trained),
-            "resends": sum(m.last_of("swarm.pipeline.trained").get("resends", 0) for m in self.members),
-            "thrown_away": sum(m.last_of("swarm.pipeline.trained").get("thrown_away", 0) for m in self.members),
+            **{name: sum(_total(m, name) for m in self.members) for name in ("resends", "thrown_away", "half_counted")},
             "microbatches_counted_twice": sum(1 for times in counted_microbatches(self.members).values() if times > 1),
         }
 
@@ -194,6 +193,15 @@ def _settings(script: Script) -> dict[str, Any]:
         "rounds.steps": script.steps,
         "training.total_steps": script.total_steps,
     }
+
+
+def _total(member: Member, name: str) -> int:
+    """Of a trainer's counter, which begins anew with each of the member's processes."""
+    total = last = 0
+    for event in member.of("swarm.pipeline.trained"):
+        total += event[name] - last if event[name] >= last else event[name]
+        last = event[name]
+    return total
 
 
 def _first_contribution(member: Member) -> Event | None:

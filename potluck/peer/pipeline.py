@@ -189,7 +189,10 @@ class Pipeline:
         for row in self._replicas:
             serving = [one.record for one in row if one.record.role != "observer"]
             load = round(statistics.fmean(record.load for record in serving), 3) if serving else None
-            stages.append({"replicas": len(serving), "keepers": len(row) - len(serving), "load": load})
+            rate = round(sum(record.throughput for record in serving), 1)  # for a stage of average work
+            stages.append(
+                {"replicas": len(serving), "keepers": len(row) - len(serving), "load": load, "samples_per_second": rate}
+            )
         stats = self.driver.stats
         return {
             "module": self._seat.module if self._seat else None,

@@ -551,7 +551,7 @@ class Run:
         self.events.emit(name, **({"module": seat.module} | fields if self.pipeline else fields))
         if name != "swarm.round.applied":
             return
-        if self.pipeline:
+        if self.pipeline and fields["contributed"]:
             self.pipeline.counted(seat, fields["round"])
         if seat is self.seat and seat.replica.last:
             self._reports.put_nowait(seat.replica.last)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from potluck.dht.directory import Directory
 from potluck.dht.records import Replica, Signed
+from potluck.dht.shards import shard_of
 from potluck.errors import HardwareError, NetworkError, PotluckError, UserError
 from potluck.net.host import PeerId
 from potluck.peer.build import rules_of
@@ -30,6 +31,8 @@ from potluck.swarm.state import ReplicaState
 from potluck.swarm.trainer import PipelineTrainer
 
 READ_SECONDS: Final = 5.0
+#: Shards of each stage that a trainer knows: enough servers to choose from.
+READ_SHARDS: Final = 3
 REFRESH_SECONDS: Final = 10.0
 #: A period of rebalancing is not longer than this many rounds.
 PERIOD_ROUNDS: Final = 4
@@ -41,12 +44,22 @@ MEMORY_FACTOR: Final = 3
 TRAINER_MODULE: Final = "trainer"
 
 
-async def read_stages(directory: Directory, stages: int) -> list[list[Signed[Replica]]]:
-    """Who serves each stage, by the directory."""
-    views = await asyncio.gather(
-        *(directory.replicas(name, timeout_seconds=READ_SECONDS) for name in stage_names(stages))
-    )
-    return [list(view.records) for view in views]
+async def read_stages(directory: Directory, stages: int, shards: Sequence[int] = (0,)) -> list[list[Signed[Replica]]]:
+    """Who serves each stage, by the directory. Of a large stage its `shards` are samples, each of a group or two."""
+
+    async def read(name: str) -> list[Signed[Replica]]:
+        views = await asyncio.gather(
+            *(directory.replicas(name, shard, timeout_seconds=READ_SECONDS) for shard in shards)
+        )
+        return [record for view in views for record in view.records]
+
+    return list(await asyncio.gather(*map(read, stage_names(stages))))
+
+
+def shards_to_read(me: PeerId, shards: int) -> list[int]:
+    """This peer's own shard, in which the others look for it, and the next few: keepers are in the first."""
+    own = shard_of(me, 0, shards)
+    return sorted({0, *((own + i) % shards for i in range(READ_SHARDS))})
 
 
 def table_of(rows: Sequence[Sequence[Signed[Replica]]], me: PeerId | None = None) -> list[dict[PeerId, PeerLoad]]:
@@ -216,7 +229,8 @@ class Pipeline:
     async def _refresh(self) -> None:
         while True:
             try:
-                self._replicas = await read_stages(self._around.directory, len(self._names))
+                shards = shards_to_read(self._me, self._seat.replica.shards if self._seat else 1)
+                self._replicas = await read_stages(self._around.directory, len(self._names), shards)
             except PotluckError as error:
                 self._emit("swarm.pipeline.unread", error=str(error))
             else:

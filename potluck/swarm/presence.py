@@ -42,6 +42,7 @@ class Presence:
         self._directory, self._peer, self._role, self._name, self._emit = directory, peer, role, name[:64], emit
         self.started = time.time()
         self._announced: int | None = None
+        self._shard = 0
 
     async def announce(
         self, state: ReplicaState, shards: int, now: float, round_seconds: float, every: int = ANNOUNCE_EVERY
@@ -51,7 +52,8 @@ class Presence:
             return
         self._announced = state.round
         digest = bytes.fromhex(state.digest)
-        await self._publish(state.module, state.round, digest, shard_of(self._peer, 0, shards), now, round_seconds)
+        self._shard = shard_of(self._peer, 0, shards)
+        await self._publish(state.module, state.round, digest, self._shard, now, round_seconds)
 
     async def announce_coming(self, module: str, round_: Round, now: float, round_seconds: float) -> None:
         """That this peer is on its way to a module: it counts there, though it has no state yet."""
@@ -60,7 +62,7 @@ class Presence:
     async def withdraw(self, module: str, round_: Round, now: float, round_seconds: float) -> None:
         """That this peer has left a module: nobody is to call it, nor count it there. Until the record expires."""
         self._role, self.moving = "observer", True
-        await self._publish(module, round_, None, 0, now + round_seconds, round_seconds)
+        await self._publish(module, round_, None, self._shard, now + round_seconds, round_seconds)
 
     async def _publish(
         self, module: str, round_: Round, digest: bytes | None, shard: int, now: float, round_seconds: float

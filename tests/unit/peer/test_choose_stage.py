@@ -10,9 +10,10 @@ import pytest
 from potluck.dht.directory import DirectoryView
 from potluck.dht.manifest import ModelPart
 from potluck.dht.records import Replica, Signed
+from potluck.dht.shards import shard_of
 from potluck.errors import HardwareError, NetworkError, UserError
 from potluck.net.host import PeerId
-from potluck.peer.pipeline import choose_stage, table_of
+from potluck.peer.pipeline import READ_SHARDS, choose_stage, read_stages, shards_to_read, table_of
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 SPEC = ModelPart(family="llama", config=SIZES | {"tie_word_embeddings": False}, seed=1, stages=3)
@@ -28,7 +29,9 @@ class Records:
         self.records = records
 
     async def replicas(self, module: str, shard: int = 0, *, timeout_seconds: float) -> DirectoryView[Replica]:
-        return DirectoryView(tuple(r for r in self.records if r.record.module == module), True)
+        return DirectoryView(
+            tuple(r for r in self.records if (r.record.module, r.record.shard) == (module, shard)), True
+        )
 
 
 class Unreachable:
@@ -78,3 +81,14 @@ def test_who_has_not_measured_counts_as_the_middle_of_those_who_have() -> None:
     rows = [[record("a", 0, throughput=4.0), record("b", 0, throughput=0.0)], [record("c", 1, throughput=8.0)]]
     table = table_of(rows, PeerId("c"))
     assert table[0][PeerId("b")].throughput == 4.0 and not table[1]
+
+
+def test_of_a_large_stage_a_sample_is_read_in_which_the_reader_itself_is() -> None:
+    names = [f"peer {i}" for i in range(200)]
+    records = [record(name, 1, shard=shard_of(PeerId(name), 0, 8)) for name in names]
+    for name in names[:20]:
+        shards = shards_to_read(PeerId(name), 8)
+        assert 0 in shards and len(shards) <= READ_SHARDS + 1
+        none, seen, _ = asyncio.run(read_stages(Records(*records), 3, shards))  # type: ignore[arg-type]
+        assert not none and name in {one.peer for one in seen} and 40 < len(seen) < 160
+    assert shards_to_read(PeerId("me"), 1) == [0]

@@ -75,6 +75,9 @@ def event_line(event: Event) -> str | None:
                 "diverged": "the local steps gave values that are not finite (is training.learning_rate too high?)",
             }
             return f"round {event['round']} is sat out: {why.get(event['reason'], event['reason'])}"
+        case "swarm.pipeline.trained" if event["microbatches"]:
+            loss = "" if event["loss"] is None else f", loss {event['loss']:.4f}"
+            return f"round {event['round']:>5}  {event['microbatches']} microbatches trained through the stages{loss}"
         case "swarm.move.started":
             return f"this peer is missed more in {event['module']}: taking over its state, then leaving {event['left']}"
         case "swarm.move.done":

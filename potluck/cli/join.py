@@ -19,6 +19,7 @@ from potluck.cli.options import (
     RoundsOption,
     StageOption,
     ThreadsOption,
+    TrainOnlyOption,
     UploadOption,
 )
 
@@ -31,6 +32,7 @@ def join(
     threads: ThreadsOption = None,
     data: DataOption = None,
     stage: StageOption = None,
+    train_only: TrainOnlyOption = False,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
     disk_quota: QuotaOption = "10GB",
@@ -55,6 +57,7 @@ def join(
         threads=threads,
         data=data,
         stage=stage,
+        train_only=train_only,
         listen=listen,
         announce=announce,
         disk_quota=disk_quota,

@@ -33,6 +33,10 @@ StageOption = Annotated[
     int | None,
     typer.Option("--stage", min=0, help="Of a pipeline: the stage to serve (default: where one more is missed most)."),
 ]
+TrainOnlyOption = Annotated[
+    bool,
+    typer.Option("--train-only", help="Of a pipeline: serve no stage, only train through others' (a CPU will do)."),
+]
 ListenOption = Annotated[
     list[str] | None,
     typer.Option("--listen", help="Multiaddr to listen on, e.g. /ip4/0.0.0.0/tcp/4001 (default: any free port)."),

@@ -37,6 +37,7 @@ def run_peer(
     threads: int | None,
     data: str | None,
     stage: int | None,
+    train_only: bool = False,
     listen: list[str] | None,
     announce: list[str] | None,
     disk_quota: str,
@@ -72,7 +73,11 @@ def run_peer(
         upload=upload,
         nat_port_map=not loopback,
     )
-    settings = PeerSettings(name=name, device=device, threads=threads, data=data, stage=stage, network=network)
+    if train_only and stage is not None:
+        raise UserError("--train-only and --stage exclude each other: who only trains serves no stage")
+    settings = PeerSettings(
+        name=name, device=device, threads=threads, data=data, stage=stage, train_only=train_only, network=network
+    )
     uvloop.run(_session(open_run, home or default_home(), settings, rounds, as_json))
 
 

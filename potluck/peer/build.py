@@ -65,11 +65,16 @@ def build(
             where,
             step_tokens=training.batch_size * manifest.data.sequence_length,
             cache_bytes=int(CACHE_SHARE * free_memory(where)),
-            settle_seconds=min(2.0, max(0.2, 0.05 * manifest.rounds.seconds)),
+            settle_seconds=settle_seconds(manifest),
         )
         return Parts(stage_trainer, corpus, theta_0)
     micro_batch = fit_micro_batch(training.batch_size, manifest.data.sequence_length, module, where, training.optimizer)
     return Parts(LocalTrainer(module, manifest.training, where, micro_batch=micro_batch), corpus, theta_0)
+
+
+def settle_seconds(manifest: Manifest) -> float:
+    """Of a round's training, kept free at its end for confirmations that are on their way."""
+    return min(2.0, max(0.2, 0.05 * manifest.rounds.seconds))
 
 
 def initial_state(manifest: Manifest, device: str = "cpu") -> ReplicaState:

@@ -16,7 +16,7 @@ from potluck.dht.records import Replica, Signed
 from potluck.dht.shards import shard_of
 from potluck.errors import HardwareError, NetworkError, PotluckError, UserError
 from potluck.net.host import PeerId
-from potluck.peer.build import rules_of
+from potluck.peer.build import rules_of, settle_seconds
 from potluck.peer.hardware import free_memory
 from potluck.peer.seat import Around, Keeper, Seat
 from potluck.swarm.data import Corpus, assigned_offsets
@@ -111,8 +111,8 @@ async def choose_stage(
 
 
 class Pipeline:
-    """`serve` from the start; `run` trains while the rounds do. `on_move(module)` is called when this peer is missed
-    more elsewhere; `bound`: it never is."""
+    """`run` trains while the rounds do; `serve` a seat from the start, or none. `on_move(module)` is called when this
+    peer is missed more elsewhere; `bound`: it never is."""
 
     def __init__(
         self, around: Around, corpus: Corpus, vocabulary: int, on_move: Callable[[str], None], *, bound: bool
@@ -313,7 +313,7 @@ class Pipeline:
         while True:
             round_ = self._clock.round_at(self._now())
             window = self._clock.window(round_)
-            until = window.train_until - self._trainer.settle_seconds
+            until = window.train_until - settle_seconds(self._around.manifest)
             if round_ >= 0 and self._may_start(until) and all(len(wiring) for wiring in self.driver.wirings):
                 before, began = self.driver.stats.microbatches, time.monotonic()
                 loss = await self._train(round_, until)

@@ -11,13 +11,15 @@ from potluck.peer.node import NetworkSettings
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """`stage`: of a pipeline, the one to serve for good; None: where one more is missed most, and it may change."""
+    """`stage`: of a pipeline, the one to serve for good; None: where one more is missed most, and it may change.
+    `train_only`: serve none, and train through the others' stages."""
 
     name: str = ""
     device: str = "auto"
     threads: int | None = None
     data: str | None = None
     stage: int | None = None
+    train_only: bool = False
     keep_checkpoints: int = 3
     on_event: Callable[[dict[str, Any]], None] | None = None
     network: NetworkSettings = field(default_factory=NetworkSettings)

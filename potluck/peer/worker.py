@@ -26,7 +26,7 @@ from potluck.dht.invite import Invite, is_address
 from potluck.dht.manifest import Manifest, RunId, SignedManifest
 from potluck.dht.manifest import sign as sign_manifest
 from potluck.dht.template import load_toml
-from potluck.errors import NetworkError, PotluckError
+from potluck.errors import NetworkError, PotluckError, UserError
 from potluck.net.clock import SAID_SECONDS, RunClock
 from potluck.net.identity import Identity
 from potluck.peer.build import MODULE, Parts, build, check_memory, initial_state, rules_of, same_draft
@@ -39,6 +39,8 @@ from potluck.peer.pipeline import Pipeline, choose_stage
 from potluck.peer.seat import Around, Seat
 from potluck.peer.settings import PeerSettings
 from potluck.swarm.codecs import CODEC_NAMES
+from potluck.swarm.data import Corpus, load_corpus
+from potluck.swarm.model import transformers_config
 from potluck.swarm.phases import Round
 from potluck.swarm.presence import new_session
 from potluck.swarm.rounds import GossipReplica, RoundReport
@@ -208,6 +210,13 @@ class Run:
                     around = await self._enter_directory()
             except TimeoutError:
                 raise NetworkError(f"the run's directory did not open within {DIRECTORY_SECONDS:.0f} s") from None
+        if self.settings.train_only:
+            if parts is not None:
+                raise UserError("--train-only: this run's model is whole on every peer; leave the option out")
+            corpus = await self._read_data()
+            self.pipeline = await self._make_pipeline(around, corpus)
+            self.phase = "training"
+            return
         if parts is None:
             device = choose_device(self.settings.device)
             module = await choose_stage(
@@ -222,18 +231,21 @@ class Run:
             parts = await self._build_parts(module)
         self.seat = self._make_seat(around, module, parts)
         if isinstance(parts.trainer, StageTrainer):
-            vocabulary = int(parts.trainer.stage.config.get_text_config().vocab_size)
-            self.pipeline = await asyncio.to_thread(
-                Pipeline, around, parts.corpus, vocabulary, partial(self._on_move, around), bound=self._bound
-            )
+            self.pipeline = await self._make_pipeline(around, parts.corpus)
             self.pipeline.serve(self.seat)
         if self._leaving:
             self.seat.replica.finish()
         self.phase = "training"
 
-    @property
-    def _bound(self) -> bool:
-        return self.settings.stage is not None
+    async def _make_pipeline(self, around: Around, corpus: Corpus) -> Pipeline:
+        vocabulary = int(transformers_config(self.manifest.model).get_text_config().vocab_size)
+        on_move, bound = partial(self._on_move, around), self.settings.stage is not None
+        return await asyncio.to_thread(Pipeline, around, corpus, vocabulary, on_move, bound=bound)
+
+    async def _read_data(self) -> Corpus:
+        own = self.manifest.organizer == self.identity.peer_id
+        with self._phase("building", "data to be read", 300, "it goes on: data may be large"):
+            return await asyncio.to_thread(load_corpus, self.manifest.data, self.settings.data, own, self._on_reading)
 
     async def _build_parts(self, module: str) -> Parts:
         with self._phase("building", "model and data to be built", 300, "it goes on: data may be large"):
@@ -274,7 +286,7 @@ class Run:
             keep_checkpoints=self.settings.keep_checkpoints,
             addresses=await self.node.addresses(),
             first_round=rules_of(self.manifest).clock.round_at(self.clock.now()),
-            emit=self.events.emit,
+            emit=self._on_run_event,
             on_progress=self._on_progress,
         )
 
@@ -324,7 +336,7 @@ class Run:
                 raise
 
     async def _train(self) -> None:
-        assert self.seat
+        assert self.seat or self.pipeline
         care = [
             asyncio.create_task(self.node.keep_connected()),
             asyncio.create_task(self.clock.keep_checked(self.node.rpc, self.node.connected, self.events.emit)),
@@ -334,9 +346,10 @@ class Run:
             care.append(asyncio.create_task(self.pipeline.run()))
         for task in care:
             task.add_done_callback(self._wake)
-        self._sit(self.seat)
+        if self.seat:
+            self._sit(self.seat)
         try:
-            while self.seat in self._seats.values():
+            while not self._leaving if self.seat is None else self.seat in self._seats.values():
                 await self._woken.wait()
                 self._woken.clear()
                 for task in (*care, *self._seats, *filter(None, [self._moving])):
@@ -533,6 +546,7 @@ class Run:
 
     async def _leave(self) -> dict[str, Any]:
         self._leaving = True
+        self._woken.set()
         if self.replica is None:
             return {"leaving_after_round": None}
         for seat in self._seats.values():
@@ -545,6 +559,15 @@ class Run:
         """Of a state's download."""
         if self._fetched.passed(done, total):
             self.events.emit("swarm.state.progress", bytes=done, of=total)
+
+    def _on_run_event(self, name: str, **fields: Any) -> None:
+        """Of the run, not of a seat. Who has none counts the rounds in which it trained."""
+        self.events.emit(name, **fields)
+        if name == "swarm.pipeline.trained" and self.seat is None and self._rounds_left is not None:
+            self._rounds_left -= 1
+            if self._rounds_left == 0:
+                self._leaving = True
+                self._woken.set()
 
     def _on_event(self, seat: Seat, name: str, **fields: Any) -> None:
         """Of a seat's replica. Who moves applies two modules' rounds for a while; the new one's are reported."""

@@ -52,6 +52,10 @@ def test_two_stages_of_two_peers_train_and_a_killed_one_comes_back_to_its_stage(
         await party.until(
             "the group to be whole", lambda: any(len(m.last["group"]) == 2 for m in (victim, others[2])), 120
         )
+        trainer = await party.start("trainer", "join", invite, "--train-only", "--rounds", "3")
+        await party.until("the trainer to leave after its rounds", lambda: trainer.state == "left", 120)
+        assert trained(trainer) >= 3 and not trainer.applied and trainer.process and trainer.process.returncode == 0
+
         model = party.root / "model"
         done = await asyncio.to_thread(potluck, "export", invite, str(model), "--json")
         assert done.returncode == 0, done.stderr

@@ -129,6 +129,8 @@ class Text:
         name = manifest.data.tokenizer
         self._tokenizer = None if name == "bytes" else hub_tokenizer(name)
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids: list[int] = []
+        self._shown = ""
 
     def encode(self, text: str) -> list[int]:
         if self._tokenizer is None:
@@ -136,16 +138,27 @@ class Text:
         return list(self._tokenizer(text)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode("utf-8", "replace") if self._tokenizer is None else str(self._tokenizer.decode(ids))
+        if self._tokenizer is None:
+            return bytes(ids).decode("utf-8", "replace")
+        self._ids, self._shown = list(ids), str(self._tokenizer.decode(ids))
+        return self._shown
 
     def more(self, token: int) -> str:
-        """What a token adds; of a character that is not whole yet, nothing."""
+        """What a token adds to what was decoded so far; of a character that is not whole yet, nothing."""
         if self._tokenizer is None:
             return self._bytes.decode(bytes([token])) if token < 256 else ""
-        return str(self._tokenizer.decode([token]))
+        self._ids.append(token)  # all of them: what a token means for spaces depends on those before it
+        text = str(self._tokenizer.decode(self._ids))
+        return "" if text.endswith("\ufffd") else self._show(text)
 
     def rest(self) -> str:
-        return self._bytes.decode(b"", True)
+        if self._tokenizer is None:
+            return self._bytes.decode(b"", True)
+        return self._show(str(self._tokenizer.decode(self._ids)))
+
+    def _show(self, text: str) -> str:
+        new, self._shown = text[len(self._shown) :], text
+        return new
 
 
 def generate_text(module: nn.Module, manifest: Manifest, prompt: str, sampling: Sampling) -> str:

@@ -13,7 +13,8 @@ needs root and nftables). `--curve`: held-out loss after so many steps with 8-bi
 The overhead per call is a forward of a 256-wide FFN through our RPC and stage server, less the same module called
 locally, beside hivemind's RemoteExpert with the same module in the same run.
 
-The last line is JSON. Goals: share_of_limit >= 0.85, overhead_ratio >= 4, gradient_error <= 1e-5.
+`--quick` (within 50 s) has 2 layers, 128 tokens and 8 microbatches. The last line is JSON. Goals: share_of_limit >= 0.85,
+overhead_ratio >= 4, gradient_error <= 1e-5.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,27 +99,41 @@ class FeedForward(nn.Module):
         return y
 
 
+# Every process says on stdout that it is ready, and then answers each line of JSON on stdin with one of its own: all
+# start at once, and whoever is not measured waits.
+
+
+def tell(answer: Any) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+async def questions() -> AsyncIterator[Any]:
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        yield json.loads(line)
+
+
 async def serve(options: argparse.Namespace) -> None:
-    """A stage's replica until stdin ends."""
+    """A stage's replica. Asked with an address it connects to that."""
     torch.set_num_threads(1)
     home = Path(options.home)
     host = await GoHost.start(Identity.load_or_create(home / "key"), home / "run")
     rpc = Rpc(host)
-    ffn = options.serve == "ffn"
-    stage: Any = FeedForward() if ffn else build_stage(spec(options), options.serve)
+    ffn = options.role == "ffn"
+    stage: Any = FeedForward() if ffn else build_stage(spec(options), options.role)
     trainer = StageTrainer(
         stage, TRAINING, torch.device("cpu"), step_tokens=2**50, cache_bytes=0 if options.no_cache else 4 << 30
     )
     server = StageServer(rpc, Shapes(128, 1, WIDTH, 2) if ffn else shapes(options))
-    server.host(options.serve, trainer)
+    server.host(options.role, trainer)
     working = True
     thread = threading.Thread(target=trainer.train, args=(iter(()), 10**9, 0, lambda seconds: working))
     try:
         await rpc.start()
         thread.start()
-        print(json.dumps({"address": await address_of(host), "peer": rpc.peer_id}), flush=True)
-        while line := (await asyncio.to_thread(sys.stdin.readline)).strip():
-            await host.connect(line, 10.0)
+        tell({"address": await address_of(host), "peer": rpc.peer_id})
+        async for address in questions():
+            await host.connect(address, 10.0)
+            tell(None)
     finally:
         working = False
         await rpc.close()
@@ -137,94 +152,86 @@ def settings_of(options: argparse.Namespace) -> list[str]:
     return flags + ["--no-cache"] * options.no_cache + ["--direct"] * options.direct
 
 
-class Server:
-    """A process that runs `serve`."""
+class Process:
+    """This script again, as `--role` NAME; killed when the context ends."""
 
-    def __init__(self, options: argparse.Namespace, what: str, home: Path, enter: Sequence[str] = ()) -> None:
+    def __init__(self, options: argparse.Namespace, role: str, home: Path, enter: Sequence[str] = ()) -> None:
         home.mkdir(parents=True)
-        command = [*enter, sys.executable, __file__, "--serve", what, "--home", str(home), *settings_of(options)]
+        command = [*enter, sys.executable, __file__, "--role", role, "--home", str(home), *settings_of(options)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.about: dict[str, Any] = {}
+        self._about: dict[str, Any] | None = None
 
-    def ready(self) -> None:
-        assert self.process.stdout
-        self.about = json.loads(self.process.stdout.readline())
+    @property
+    def about(self) -> dict[str, Any]:
+        """What it said when it was ready: waits for that."""
+        if self._about is None:
+            self._about = self._answer()
+        return self._about
 
-    def connect(self, address: str) -> None:
-        assert self.process.stdin
-        self.process.stdin.write(f"{address}\n")
+    def ask(self, question: Any) -> Any:
+        assert self.about is not None and self.process.stdin
+        self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
+        return self._answer()
 
-    def kill(self) -> None:
+    def _answer(self) -> Any:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("a process of the benchmark died; its error is above")
+        return json.loads(line)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         self.process.kill()
         self.process.wait()
 
 
-@asynccontextmanager
-async def running(options: argparse.Namespace, modules: list[str]) -> AsyncIterator[tuple[Rpc, list[Server]]]:
-    with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
-        servers = [Server(options, module, Path(folder) / f"{i}") for i, module in enumerate(modules)]
-        home = Path(folder) / "trainer"
-        home.mkdir()
-        host = await GoHost.start(Identity.load_or_create(home / "key"), home / "run")
-        rpc = Rpc(host)
-        try:
-            await rpc.start()
-            for server in servers:
-                await asyncio.to_thread(server.ready)
-                await host.connect(server.about["address"], 10.0)
-            yield rpc, servers
-        finally:
-            await rpc.close()
-            await host.shutdown()
-            for server in servers:
-                server.kill()
+class Pipeline:
+    """A process for each stage and one for the trainer, each behind a line of `mbit` Mbit/s (0: loopback)."""
 
-
-def swarm(options: argparse.Namespace, mbit: float = 0.0) -> float:
-    """Tokens per second of the pipeline, each process behind a line of so many Mbit/s (0: loopback)."""
-    with ExitStack() as stack:
+    def __init__(self, stack: ExitStack, options: argparse.Namespace, mbit: float = 0.0) -> None:
         enter: list[list[str]] = [[] for _ in range(options.stages + 1)]
         if mbit:
             lab = stack.enter_context(network.Lab())
             enter = [lab.host(f"h{i}", down_mbit=mbit, up_mbit=mbit).enter for i in range(options.stages + 1)]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-bench-")))
-        servers = [
-            Server(options, module, folder / f"{i}", enter[i]) for i, module in enumerate(stage_names(options.stages))
-        ]
-        for server in servers:
-            stack.callback(server.kill)
-        for server in servers:
-            server.ready()
-        for server, following in itertools.pairwise(servers):
-            server.connect(following.about["address"])
-        (folder / "trainer").mkdir()
-        known = json.dumps([server.about for server in servers])
-        command = [*enter[-1], sys.executable, __file__, "--drive", known, "--home", str(folder / "trainer")]
-        done = subprocess.run([*command, *settings_of(options)], check=True, stdout=subprocess.PIPE, text=True)
-        return float(done.stdout)
+        roles = [*stage_names(options.stages), "drive"]
+        *self.servers, self.trainer = (
+            stack.enter_context(Process(options, role, folder / role, where))
+            for role, where in zip(roles, enter, strict=True)
+        )
+
+    def tokens_per_second(self) -> float:
+        for server, following in itertools.pairwise(self.servers):
+            server.ask(following.about["address"])
+        return float(self.trainer.ask([server.about for server in self.servers]))
 
 
-async def drive(options: argparse.Namespace) -> float:
-    """The trainer's process."""
+async def drive(options: argparse.Namespace) -> None:
+    """The trainer. Asked with the servers it trains through them, and says how many tokens per second."""
     home = Path(options.home)
     host = await GoHost.start(Identity.load_or_create(home / "key"), home / "run")
     rpc = Rpc(host)
     try:
         await rpc.start()
-        trainer = PipelineTrainer(
-            rpc, options.stages, shapes(options), in_flight=options.in_flight, direct=options.direct
-        )
-        for wiring, server in zip(trainer.wirings, json.loads(options.drive), strict=True):
-            await host.connect(server["address"], 10.0)
-            wiring.update({server["peer"]: 1e12}, 0.0)
-        source = batches(options)
-        await trainer.train(source, _times(options.in_flight + 1))
-        before, began = trainer.stats.tokens, time.perf_counter()
-        await trainer.train(source, _times(options.microbatches))
-        took = time.perf_counter() - began
-        assert trainer.stats.resends == 0, trainer.stats
-        return (trainer.stats.tokens - before) / took
+        tell({})
+        async for servers in questions():
+            trainer = PipelineTrainer(
+                rpc, options.stages, shapes(options), in_flight=options.in_flight, direct=options.direct
+            )
+            for wiring, server in zip(trainer.wirings, servers, strict=True):
+                await host.connect(server["address"], 10.0)
+                wiring.update({server["peer"]: 1e12}, 0.0)
+            source = batches(options)
+            await trainer.train(source, _times(options.in_flight + 1))
+            before, began = trainer.stats.tokens, time.perf_counter()
+            await trainer.train(source, _times(options.microbatches))
+            took = time.perf_counter() - began
+            assert trainer.stats.resends == 0, trainer.stats
+            tell((trainer.stats.tokens - before) / took)
     finally:
         await rpc.close()
         await host.shutdown()
@@ -282,10 +289,11 @@ def limit(options: argparse.Namespace, threads: int, recompute: bool, microbatch
     return microbatches * options.batch * options.length / (time.perf_counter() - began)
 
 
-def in_a_process(options: argparse.Namespace, threads: int, recompute: bool, microbatches: int) -> float:
-    settings = [f"--{k}={getattr(options, k)}" for k in ("hidden", "layers", "batch", "length", "stages")]
-    command = [sys.executable, __file__, f"--limit={threads},{int(recompute)},{microbatches}", *settings]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def limits(options: argparse.Namespace) -> None:
+    """Asked with (threads, whether to recompute, microbatches) it says how many tokens per second."""
+    tell({})
+    for line in sys.stdin:
+        tell(limit(options, *json.loads(line)))
 
 
 # --- exactness, and the overhead of one call
@@ -349,20 +357,28 @@ async def held_out_loss(options: argparse.Namespace, codec: str) -> float:
             return statistics.fmean(losses)
 
 
-async def rpc_overhead(options: argparse.Namespace, calls: int) -> float:
+async def rpc_overhead(server: Process, calls: int) -> float:
     """Milliseconds of a remote forward of the FFN at batch 1, less a local one."""
     torch.set_num_threads(1)
     module, x = FeedForward(), torch.randn(1, 1, WIDTH)
-    async with running(options, ["ffn"]) as (rpc, (server,)):
-        remote = []
-        for i in range(calls + 20):
-            began = time.perf_counter()
-            shape, body = encode(x, "none")
-            head = {"module": "ffn", "id": i.to_bytes(16, "big"), "shape": shape, "train": False}
-            reply = await rpc.call(server.about["peer"], "stage.forward", head, body, timeout_seconds=10.0)
-            y = decode(reply.head["shape"], reply.body, "none")
-            remote.append(time.perf_counter() - began)
-        assert torch.allclose(y, module(x), atol=1e-5)
+    with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
+        host = await GoHost.start(Identity.load_or_create(Path(folder) / "key"), Path(folder) / "run")
+        rpc = Rpc(host)
+        try:
+            await rpc.start()
+            await host.connect(server.about["address"], 10.0)
+            remote = []
+            for i in range(calls + 20):
+                began = time.perf_counter()
+                shape, body = encode(x, "none")
+                head = {"module": "ffn", "id": i.to_bytes(16, "big"), "shape": shape, "train": False}
+                reply = await rpc.call(server.about["peer"], "stage.forward", head, body, timeout_seconds=10.0)
+                y = decode(reply.head["shape"], reply.body, "none")
+                remote.append(time.perf_counter() - began)
+            assert torch.allclose(y, module(x), atol=1e-5)
+        finally:
+            await rpc.close()
+            await host.shutdown()
     return 1000 * (statistics.median(remote[20:]) - _local(module, x))
 
 
@@ -451,26 +467,39 @@ def main() -> None:
     parser.add_argument("--direct", action="store_true")
     parser.add_argument("--links", type=float, nargs="*", default=[], help="Mbit/s")
     parser.add_argument("--curve", type=int, default=0, help="steps")
-    parser.add_argument("--drive", help=argparse.SUPPRESS)
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--role", help=argparse.SUPPRESS)
     parser.add_argument("--home", help=argparse.SUPPRESS)
-    parser.add_argument("--limit", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        uvloop.run(serve(options))
-        return
-    if options.drive:
-        print(uvloop.run(drive(options)))
-        return
-    if options.limit:
-        threads, recompute, microbatches = map(int, options.limit.split(","))
-        print(limit(options, threads, bool(recompute), microbatches))
-        return
+    if options.role == "limits":
+        limits(options)
+    elif options.role:
+        uvloop.run(drive(options) if options.role == "drive" else serve(options))
+    else:
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
     if options.quick:
-        options.microbatches = 10
-    single = in_a_process(options, 1, False, max(3, options.microbatches // 4))
-    most = in_a_process(options, options.stages, False, options.microbatches)
-    again = in_a_process(options, options.stages, True, options.microbatches)
+        options.microbatches, options.layers, options.length = 8, 2, 128
+    headline, *others = cases(options)
+    with ExitStack() as stack:
+        homes = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-bench-")))
+        _, options.codec, options.no_cache, options.direct = headline
+        alone = stack.enter_context(Process(options, "limits", homes / "limits"))
+        ffn = stack.enter_context(Process(options, "ffn", homes / "ffn"))
+        pipeline = Pipeline(stack, options)
+        for process in (alone, ffn, pipeline.trainer, *pipeline.servers):
+            _ = process.about  # all have started: nothing else runs from here on
+        single = alone.ask([1, False, max(3, options.microbatches // 4)])
+        most = alone.ask([options.stages, False, options.microbatches])
+        again = alone.ask([options.stages, True, options.microbatches])
+        rates = {headline: pipeline.tokens_per_second()}
+        calls = 100 if options.quick else 500
+        ours = uvloop.run(rpc_overhead(ffn, calls))
+    for case in others:
+        mbit, options.codec, options.no_cache, options.direct = case
+        with ExitStack() as stack:
+            rates[case] = Pipeline(stack, options, mbit).tokens_per_second()
     table = Table(
         title=f"{options.layers} layers of {options.hidden}, microbatches of {options.batch} x {options.length}"
     )
@@ -480,27 +509,20 @@ def main() -> None:
     table.add_row(f"limit: {options.stages} threads, no network", f"{most:,.0f}", "")
     table.add_row("limit with recomputation", f"{again:,.0f}", "")
     shares = {}
-    for mbit, codec, no_cache, direct in cases(options):
-        options.codec, options.no_cache, options.direct = codec, no_cache, direct
-        rate = swarm(options, mbit)
+    for (mbit, codec, no_cache, direct), rate in rates.items():
         line = f"{mbit:g} Mbit/s" if mbit else "loopback"
         name = f"{line}, {codec}, cache {'off' if no_cache else 'on'}, {'direct' if direct else 'driven'}"
         shares[name] = rate / (again if no_cache else most)
-        if not shares.keys() - {name}:
-            swarm_rate = rate
         table.add_row(name, f"{rate:,.0f}", f"{shares[name]:.3f}")
     console.print(table)
-    options.codec, options.no_cache, options.direct = "none", True, False
     curve = {codec: asyncio.run(held_out_loss(options, codec)) for codec in ("none", "int8")} if options.curve else {}
-    calls = 100 if options.quick else 500
-    ours = uvloop.run(rpc_overhead(options, calls))
     theirs = hivemind_overhead(calls)
     line = {
         "single_tokens_s": round(single, 1),
         "limit_tokens_s": round(most, 1),
         "limit_with_recomputation_tokens_s": round(again, 1),
-        "swarm_tokens_s": round(swarm_rate, 1),
-        "share_of_limit": round(swarm_rate / most, 4),
+        "swarm_tokens_s": round(rates[headline], 1),
+        "share_of_limit": round(rates[headline] / most, 4),
         "shares": {name: round(share, 4) for name, share in shares.items()},
         "rpc_overhead_ms": round(ours, 3),
         "hivemind_overhead_ms": round(theirs, 3),

@@ -13,8 +13,8 @@ needs root and nftables). `--curve`: held-out loss after so many steps with 8-bi
 The overhead per call is a forward of a 256-wide FFN through our RPC and stage server, less the same module called
 locally, beside hivemind's RemoteExpert with the same module in the same run.
 
-`--quick` (within 50 s) has 2 layers, 128 tokens and 8 microbatches. The last line is JSON. Goals: share_of_limit >= 0.85,
-overhead_ratio >= 4, gradient_error <= 1e-5.
+`--quick` (within 50 s) has 2 layers, 128 tokens and 8 microbatches. The last line is JSON. Goals: share_of_limit >=
+0.85, overhead_ratio >= 4, gradient_error <= 1e-5.
 """
 
 from __future__ import annotations

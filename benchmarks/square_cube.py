@@ -1,6 +1,6 @@
 """The square-cube law: a pipeline's throughput by model size and bandwidth, simulated from recorded compute times.
 
-    python benchmarks/square_cube.py [--quick] [--hidden 512 1024 2048] [--links 500 200 100] [--seed 0]
+    python benchmarks/square_cube.py [--quick] [--hidden 512 1024 2048] [--links 500 200 100 20] [--seed 0]
 
 A middle stage of two layers is built by `swarm/stage.py` and timed on this machine (forward, and backward with its
 graph kept, one thread, median of several): that is the recorded compute. Then 4 stages of 4 peers are played event by
@@ -171,14 +171,15 @@ def play(
     carried = encoded_bytes((BATCH, LENGTH, hidden), codec)  # type: ignore[arg-type]
     rate = mbit * 1e6 / 8 if mbit else math.inf
     swarm = Swarm(*compute, carried, rate, direct, random.Random(options.seed))
-    return swarm.run(options.microbatches * STAGES * sum(compute))
+    # Long enough for as many microbatches of each trainer, whatever holds them up.
+    return swarm.run(options.microbatches * STAGES * max(sum(compute), 4 * carried / rate + 2 * LATENCY))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--links", type=float, nargs="+", default=[500.0, 200.0, 100.0])
+    parser.add_argument("--links", type=float, nargs="+", default=[500.0, 200.0, 100.0, 20.0])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.microbatches = 50 if options.quick else 200

@@ -316,8 +316,9 @@ class Follower:
         for round_, digest in ranked[:MAX_SNAPSHOTS]:
             agreed = Agreement(digest, 0, tuple(sorted(claims[round_, digest])), unanimous=False)
             # One after another, each with a time of its own: whoever promises much and sends nothing costs only that.
-            state = await self._fetch_state(agreed, round_, self._now() + self._patience / MAX_SNAPSHOTS)
-            if state is not None and state.history >= self._state.history:
+            until = self._now() + self._patience / MAX_SNAPSHOTS
+            state = await self._fetch_state(agreed, round_, until, self._state.history)
+            if state is not None:
                 self._drop_residual(reason)
                 await self._become(state)
                 return True
@@ -374,10 +375,13 @@ class Follower:
                 self.shards = next_shards(self.estimate, self.rules.group_size, self.shards)
                 yield Round(round_), agreed
 
-    async def _fetch_state(self, agreed: Agreement, round_: Round, deadline: float) -> ReplicaState | None:
+    async def _fetch_state(
+        self, agreed: Agreement, round_: Round, deadline: float, least_history: int = 0
+    ) -> ReplicaState | None:
         """The state that `round_` began with, from several of its holders, checked against its digest.
 
-        None if nobody could give it, or if it says another round than the commits that named it.
+        None if nobody could give it, or if it says another round than those who named it, or holds fewer contributions
+        than `least_history`.
         """
         has_velocity = self._state.velocity is not None
         size = state_bytes(self.layout, has_velocity)
@@ -396,6 +400,8 @@ class Follower:
                 state = await self._in_thread(parse_state, blob, self.module, self.layout, has_velocity)
                 if state.round != round_:  # the digest vouches for the rest
                     raise StateError(f"the state is of round {state.round}, not {round_}")
+                if state.history < least_history:
+                    raise StateError(f"the state holds {state.history} contributions, ours {least_history}")
             except (NetworkError, ProtocolError, StateError) as error:
                 self._emit("swarm.state.failed", error=str(error))
                 return None

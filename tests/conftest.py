@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # Before torch is imported, and for the processes that tests start: two workers with a pool each wait for each other.
@@ -10,3 +11,11 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 
 settings.register_profile("potluck", deadline=None)
 settings.load_profile("potluck")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers get half of the list each, and take from each other at the end: the slow ones come first in both
+    halves, so that what is left at the end is short."""
+    slow = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("privileged")]
+    quick = [item for item in items if item not in slow]
+    items[:] = [*slow[::2], *quick[::2], *slow[1::2], *quick[1::2]]

@@ -37,7 +37,10 @@ def spark_line(values: list[float]) -> str:
 def round_line(event: Event) -> str:
     """One round in one line."""
     group = len(event["group"])
-    note = " TRAINING ALONE: no other peer was seen" if event["alone"] else ""
+    alone = (
+        f" the only replica of {event['module']}" if "module" in event else " TRAINING ALONE: no other peer was seen"
+    )
+    note = alone if event["alone"] else ""
     if event["missing"]:
         note += f" ({len(event['missing'])} missing)"
     if not event["agree"]:
@@ -71,6 +74,7 @@ def event_line(event: Event) -> str | None:
         case "swarm.round.skipped":
             why = {
                 "too_late": "not done before the commit deadline",
+                "nothing": "nothing was trained in it",
                 "not_stored": "the commit was not stored in time",
                 "diverged": "the local steps gave values that are not finite (is training.learning_rate too high?)",
             }
@@ -78,6 +82,8 @@ def event_line(event: Event) -> str | None:
         case "swarm.pipeline.trained" if event["microbatches"]:
             loss = "" if event["loss"] is None else f", loss {event['loss']:.4f}"
             return f"round {event['round']:>5}  {event['microbatches']} microbatches trained through the stages{loss}"
+        case "swarm.pipeline.waiting" if event["missing"]:
+            return f"nobody serves {' and '.join(event['missing'])}: nothing is trained until somebody does"
         case "swarm.move.started":
             return f"this peer is missed more in {event['module']}: taking over its state, then leaving {event['left']}"
         case "swarm.move.done":

@@ -38,8 +38,10 @@ def _pipeline(pipeline: Any) -> list[str]:
         rate = f", {stage['samples_per_second']:g} samples/s"
         stages.append(f"{k}: {stage['replicas']} replicas, {stage['keepers']} keepers{load}{rate}")
     keeps = f", keeps {' and '.join(pipeline['keeps'])}" if pipeline["keeps"] else ""
+    missing = [f"waiting    nobody serves {' and '.join(pipeline['missing'])}"] if pipeline["missing"] else []
     return [
-        f"stages     {'  '.join(stages)}; this peer serves {pipeline['module']}{keeps}",
+        *missing,
+        f"stages     {'  '.join(stages)}; this peer serves {pipeline['module'] or 'none of them'}{keeps}",
         f"trained    {pipeline['microbatches']} microbatches, {pipeline['resends']} resent, "
         f"{pipeline['thrown_away']} thrown away",
     ]

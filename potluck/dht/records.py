@@ -98,8 +98,10 @@ class Replica(Record, frozen=True, forbid_unknown_fields=True, kw_only=True):
     load: NonNegative = 0.0
     #: Samples per second that it can serve, as it measured, for a stage of average work.
     throughput: NonNegative = 0.0
-    #: On its way here, just come, or bound to this module: it will not move elsewhere now.
+    #: On its way here, or just come: it will not move elsewhere now.
     moving: bool = False
+    #: Serves this module for good.
+    bound: bool = False
     #: Random, new with each start of the process: tells two processes of one identity apart.
     session: Annotated[bytes, Meta(min_length=16, max_length=16)]
     started: NonNegative

@@ -71,7 +71,7 @@ def table_of(rows: Sequence[Sequence[Signed[Replica]]], me: PeerId | None = None
     def load_of(record: Replica) -> PeerLoad:
         # A word is believed within bounds: nobody empties the other stages by claiming to be a thousand peers.
         throughput = min(record.throughput or usual, MOST_OF_USUAL * usual)
-        return PeerLoad(min(1.0, record.load), throughput, record.moving)
+        return PeerLoad(min(1.0, record.load), throughput, record.moving, record.bound)
 
     return [{one.peer: load_of(one.record) for one in row} for row in serving]
 
@@ -140,6 +140,7 @@ class Pipeline:
         self._replicas: list[list[Signed[Replica]]] = [[] for _ in self._names]
         self._seat: Seat | None = None
         self._coming: str | None = None
+        self._missing: list[str] = []
         self._keepers: dict[str, tuple[Keeper, asyncio.Task[None]]] = {}
         self._microbatch_seconds = 0.0
         self._drawn: tuple[Round, int] = (Round(-1), 0)
@@ -209,6 +210,7 @@ class Pipeline:
         stats = self.driver.stats
         return {
             "module": self._seat.module if self._seat else None,
+            "missing": self._missing,
             "keeps": [module for module, (keeper, _) in self._keepers.items() if keeper.state],
             "stages": stages,
             "microbatches": stats.microbatches,
@@ -238,9 +240,17 @@ class Pipeline:
                     serving = (one for one in row if one.record.digest and one.record.role != "observer")
                     wiring.update({one.peer: one.expires_at for one in serving}, self._now())
                 self._measure()
+                self._tell_missing()
                 await self._keep()
                 self._reconsider()
             await asyncio.sleep(min(REFRESH_SECONDS, self._clock.seconds / 2))
+
+    def _tell_missing(self) -> None:
+        """Which stages nobody serves, whenever that changes."""
+        missing = [name for name, wiring in zip(self._names, self.driver.wirings, strict=True) if not len(wiring)]
+        if missing != self._missing:
+            self._missing = missing
+            self._emit("swarm.pipeline.waiting", missing=missing)
 
     def _measure(self) -> None:
         """Publish the share of the time that our stage computed, and the samples per second that it could do."""
@@ -252,7 +262,7 @@ class Pipeline:
         if stats.busy_seconds > 0:
             samples = stats.backwards * self._around.manifest.pipeline.microbatch
             presence.throughput = samples / stats.busy_seconds * self._work[self._names.index(self._seat.module)]
-        presence.moving = self._bound or RULES.resting(self._moved, self._period)
+        presence.bound, presence.moving = self._bound, RULES.resting(self._moved, self._period)
 
     def _reconsider(self) -> None:
         """Once a period: whether we are missed more elsewhere."""

@@ -548,7 +548,7 @@ class Run:
         self._leaving = True
         self._woken.set()
         if self.replica is None:
-            return {"leaving_after_round": None}
+            return {"leaving_after_round": self._round if self.pipeline else None}
         for seat in self._seats.values():
             seat.replica.finish()
         self.replica.finish()

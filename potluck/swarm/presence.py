@@ -35,7 +35,7 @@ class Presence:
         self.addresses: Sequence[str] = ()
         #: Of the replica, as `Replica` defines them.
         self.load = self.throughput = 0.0
-        self.moving = False
+        self.moving = self.bound = False
         #: The round in which this process began: what our former self left in the directory is older.
         self.first_round = 0
         self.taken: asyncio.Future[IdentityError] = asyncio.get_running_loop().create_future()
@@ -76,6 +76,7 @@ class Presence:
             load=self.load,
             throughput=self.throughput,
             moving=self.moving,
+            bound=self.bound,
             session=self.session,
             started=self.started,
             addresses=list(self.addresses[:4]),

@@ -36,7 +36,9 @@ class PeerLoad:
     throughput: float
     """Samples per second that it can serve, measured or estimated, for a stage of work 1."""
     moving: bool = False
-    """On its way here, here for fewer than `Rules.rest` periods, or unable to move: it counts here and stays."""
+    """On its way here, or here for fewer than `Rules.rest` periods: it counts here and stays."""
+    bound: bool = False
+    """Serves here for good: one of those who never leave."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.load < math.inf and 0 <= self.throughput < math.inf):
@@ -105,7 +107,9 @@ def plan(stages: Stages, period: int, work: Sequence[float] | None = None, rules
     table = _Table(stages, work)
     free = [
         sorted(
-            sorted(peer for peer, seen in stage.items() if not seen.moving)[rules.floor :],
+            sorted(peer for peer, seen in stage.items() if not (seen.moving or seen.bound))[
+                max(0, rules.floor - sum(seen.bound for seen in stage.values())) :
+            ],
             key=lambda peer: (stage[peer].load, _dice(peer, period)),
         )
         for stage in table.stages

@@ -202,7 +202,8 @@ class GossipReplica(Follower):
     async def _commit(self, mine: _Mine, window: Window) -> None:
         """Encode, serve (hidden until the deadline) and publish. Too late or nothing trained: say so, skip."""
         if mine.result.steps == 0 or self._now() >= window.commit_by:
-            self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="too_late")
+            reason = "too_late" if mine.result.steps else "nothing"
+            self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason=reason)
             return
         encoded = await self._in_thread(self._encode)
         if encoded is None or not math.isfinite(mine.result.loss_before + mine.result.loss_after):

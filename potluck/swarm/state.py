@@ -24,7 +24,7 @@ MAGIC = b"potluck.state.1\0"
 _HEADER = struct.Struct("<16s16sQQQQ")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal states have equal digests; arrays have no truth value
 class ReplicaState:
     """theta of one module at the start of `round`. `history`: contributions applied since theta_0, over all rounds."""
 

@@ -246,7 +246,8 @@ async def test_steps_between_microbatches_leave_the_pipeline_training(tmp_path: 
         assert min(losses) < losses[0] - 0.5 and await trainer.evaluate(tokens) < losses[0] - 0.3
         for row in peers:
             await row[0].finish()
-            assert row[0].trainer._tokens == 30 * 32 and row[0].trainer._steps >= 3
+            counted = 30 - row[0].trainer.stats.voided  # on a busy machine a confirmation may come too late
+            assert row[0].trainer._tokens == counted * 32 and row[0].trainer._steps >= 3
 
 
 @in_loop

@@ -210,3 +210,12 @@ def test_loads_that_are_no_numbers_are_refused(bad: float) -> None:
         PeerLoad(bad, 1.0)
     with pytest.raises(ValueError, match="allowed"):
         PeerLoad(1.0, bad)
+
+
+def test_a_bound_replica_lets_the_other_one_go_where_nobody_is() -> None:
+    """Found by a user: a peer with `--stage 1` and one without sat in stage 1 for good, and nobody in stage 0."""
+    bound, free = PeerId("a"), PeerId("b")
+    for names in ((bound, free), (free, bound)):
+        stage = {names[0]: PeerLoad(0.1, 1.0, bound=True), names[1]: PeerLoad(0.1, 1.0)}
+        assert plan([{}, stage], 1) == {names[1]: 0}
+    assert plan([{}, {free: PeerLoad(0.1, 1.0)}], 1) == {}  # the last one stays

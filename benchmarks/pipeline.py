@@ -1,20 +1,22 @@
 """What a pipeline of stage servers costs over the same compute in one process.
 
     python benchmarks/pipeline.py [--quick] [--hidden 512] [--layers 4] [--batch 4] [--length 256] [--microbatches 24]
-                                  [--links 200 100] [--curve 300]
+                                  [--repeats 5] [--links 200 100] [--curve 300]
 
 Real processes, each with its own p2pd: one per stage, and the trainer. The limit is the same microbatches' forward and
 backward (no optimizer, as in the swarm's measured time) in one process with as many threads as there are stage servers,
 each thread with the whole model and one core: no network, no waiting for each other. `with recomputation` is the limit
-of servers that keep no graphs. `single` is one process with one thread. `direct`: servers hand activations to each
-other. `--links`: again with every process behind a line of so many Mbit/s up and down (namespaces and token buckets;
-needs root and nftables). `--curve`: held-out loss after so many steps with 8-bit activations beside exact ones.
+of servers that keep no graphs. The swarm's rate is that of a stretch of microbatches in the midst of more of them. The
+two are measured in turn, `--repeats` times, and a share is the median of the pairs' ratios: on a shared machine one of
+each says nothing. `single` is one process with one thread. `direct`: servers hand activations to each other. `--links`:
+again with every process behind a line of so many Mbit/s up and down (namespaces and token buckets; needs root and
+nftables). `--curve`: held-out loss after so many steps with 8-bit activations beside exact ones.
 
 The overhead per call is a forward of a 256-wide FFN through our RPC and stage server, less the same module called
 locally, beside hivemind's RemoteExpert with the same module in the same run.
 
-`--quick` (within 50 s) has 2 layers, 128 tokens and 8 microbatches. The last line is JSON. Goals: share_of_limit >=
-0.85, overhead_ratio >= 4, gradient_error <= 1e-5.
+`--quick` (within 50 s) has 2 layers, 64 tokens and three times 6 microbatches. The last line is JSON. Goals:
+share_of_limit >= 0.85, overhead_ratio >= 4, gradient_error <= 1e-5.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,7 +119,7 @@ async def serve(options: argparse.Namespace) -> None:
     """A stage's replica. Asked with an address it connects to that."""
     torch.set_num_threads(1)
     home = Path(options.home)
-    host = await GoHost.start(Identity.load_or_create(home / "key"), home / "run")
+    host = await GoHost.start(Identity.load_or_create(home / "key"), home / "run", listen=[options.listen])
     rpc = Rpc(host)
     ffn = options.role == "ffn"
     stage: Any = FeedForward() if ffn else build_stage(spec(options), options.role)
@@ -158,6 +161,7 @@ class Process:
     def __init__(self, options: argparse.Namespace, role: str, home: Path, enter: Sequence[str] = ()) -> None:
         home.mkdir(parents=True)
         command = [*enter, sys.executable, __file__, "--role", role, "--home", str(home), *settings_of(options)]
+        command += ["--listen", "/ip4/0.0.0.0/tcp/0"] if enter else []  # in a namespace of its own
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._about: dict[str, Any] | None = None
 
@@ -204,16 +208,42 @@ class Pipeline:
             for role, where in zip(roles, enter, strict=True)
         )
 
-    def tokens_per_second(self) -> float:
+    def measure(self) -> tuple[float, int]:
+        """(tokens per second, microbatches that were sent again: on a thin line some answers come too late)."""
         for server, following in itertools.pairwise(self.servers):
             server.ask(following.about["address"])
-        return float(self.trainer.ask([server.about for server in self.servers]))
+        rate, resends = self.trainer.ask([server.about for server in self.servers])
+        return float(rate), int(resends)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Tokens per second of one case, and of its limit."""
+
+    limit: float
+    rate: float
+    share: float
+    resends: int
+
+
+def beside(limits: Process, pipeline: Pipeline, options: argparse.Namespace) -> Measured:
+    """The limit and the swarm in turn: medians."""
+    pairs = [
+        (limits.ask([options.stages, options.no_cache, options.microbatches]), *pipeline.measure())
+        for _ in range(options.repeats)
+    ]
+    return Measured(
+        statistics.median(most for most, _, _ in pairs),
+        statistics.median(rate for _, rate, _ in pairs),
+        statistics.median(rate / most for most, rate, _ in pairs),
+        sum(resends for _, _, resends in pairs),
+    )
 
 
 async def drive(options: argparse.Namespace) -> None:
     """The trainer. Asked with the servers it trains through them, and says how many tokens per second."""
     home = Path(options.home)
-    host = await GoHost.start(Identity.load_or_create(home / "key"), home / "run")
+    host = await GoHost.start(Identity.load_or_create(home / "key"), home / "run", listen=[options.listen])
     rpc = Rpc(host)
     try:
         await rpc.start()
@@ -226,20 +256,20 @@ async def drive(options: argparse.Namespace) -> None:
                 await host.connect(server["address"], 10.0)
                 wiring.update({server["peer"]: 1e12}, 0.0)
             source = batches(options)
-            await trainer.train(source, _times(options.in_flight + 1))
-            before, began = trainer.stats.tokens, time.perf_counter()
-            await trainer.train(source, _times(options.microbatches))
-            took = time.perf_counter() - began
-            assert trainer.stats.resends == 0, trainer.stats
-            tell((trainer.stats.tokens - before) / took)
+            seconds = await _seconds(trainer, source, options.microbatches, options.in_flight)
+            tell([options.microbatches * options.batch * options.length / seconds, trainer.stats.resends])
     finally:
         await rpc.close()
         await host.shutdown()
 
 
-def _times(count: int) -> Any:
-    left = iter(range(count))
-    return lambda: next(left, None) is not None
+async def _seconds(trainer: PipelineTrainer, source: Iterator[Tensor], microbatches: int, in_flight: int) -> float:
+    """Of so many microbatches in the midst of others: as many are under way all the time."""
+    times: list[float] = []
+    started = itertools.count(1)
+    total = microbatches + 2 * in_flight
+    await trainer.train(source, lambda: next(started) <= total, on_done=lambda _: times.append(time.perf_counter()))
+    return times[in_flight - 1 + microbatches] - times[in_flight - 1]
 
 
 # --- the limit
@@ -291,6 +321,7 @@ def limit(options: argparse.Namespace, threads: int, recompute: bool, microbatch
 
 def limits(options: argparse.Namespace) -> None:
     """Asked with (threads, whether to recompute, microbatches) it says how many tokens per second."""
+    limit(options, 1, False, 1)  # what is loaded at the first use
     tell({})
     for line in sys.stdin:
         tell(limit(options, *json.loads(line)))
@@ -461,7 +492,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=24)
-    parser.add_argument("--in-flight", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of limit and swarm per case")
+    parser.add_argument("--in-flight", type=int, default=8, help="a run's 4 of each server's peer")
     parser.add_argument("--codec", choices=("none", "int8"), default="none")
     parser.add_argument("--no-cache", action="store_true")
     parser.add_argument("--direct", action="store_true")
@@ -469,6 +501,7 @@ def main() -> None:
     parser.add_argument("--curve", type=int, default=0, help="steps")
     parser.add_argument("--role", help=argparse.SUPPRESS)
     parser.add_argument("--home", help=argparse.SUPPRESS)
+    parser.add_argument("--listen", default="/ip4/127.0.0.1/tcp/0", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.role == "limits":
         limits(options)
@@ -480,50 +513,52 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     if options.quick:
-        options.microbatches, options.layers, options.length = 8, 2, 128
-    headline, *others = cases(options)
+        options.microbatches, options.layers, options.length, options.repeats = 6, 2, 64, 3
+    headline = cases(options)[0]
+    measured: dict[tuple[float, str, bool, bool], Measured] = {}
+    calls = 100 if options.quick else 500
     with ExitStack() as stack:
         homes = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-bench-")))
-        _, options.codec, options.no_cache, options.direct = headline
         alone = stack.enter_context(Process(options, "limits", homes / "limits"))
-        ffn = stack.enter_context(Process(options, "ffn", homes / "ffn"))
-        pipeline = Pipeline(stack, options)
-        for process in (alone, ffn, pipeline.trainer, *pipeline.servers):
-            _ = process.about  # all have started: nothing else runs from here on
-        single = alone.ask([1, False, max(3, options.microbatches // 4)])
-        most = alone.ask([options.stages, False, options.microbatches])
-        again = alone.ask([options.stages, True, options.microbatches])
-        rates = {headline: pipeline.tokens_per_second()}
-        calls = 100 if options.quick else 500
-        ours = uvloop.run(rpc_overhead(ffn, calls))
-    for case in others:
-        mbit, options.codec, options.no_cache, options.direct = case
-        with ExitStack() as stack:
-            rates[case] = Pipeline(stack, options, mbit).tokens_per_second()
+        for case in cases(options):
+            mbit, options.codec, options.no_cache, options.direct = case
+            with ExitStack() as inner:
+                pipeline = Pipeline(inner, options, mbit)
+                processes = [alone, pipeline.trainer, *pipeline.servers]
+                if case == headline:
+                    ffn = inner.enter_context(Process(options, "ffn", homes / "ffn"))
+                    processes.append(ffn)
+                for process in processes:
+                    _ = process.about  # all have started: nothing else runs from here on
+                measured[case] = beside(alone, pipeline, options)
+                if case == headline:
+                    ours = uvloop.run(rpc_overhead(ffn, calls))
+        few = options.microbatches // 2
+        single, again = alone.ask([1, False, few]), alone.ask([options.stages, True, options.stages * few])
     table = Table(
         title=f"{options.layers} layers of {options.hidden}, microbatches of {options.batch} x {options.length}"
     )
-    for column in ("run", "tokens / s", "of its limit"):
+    for column in ("run", "limit, tokens / s", "swarm", "share", "resent"):
         table.add_column(column, justify="right")
-    table.add_row("one process, one thread", f"{single:,.0f}", "")
-    table.add_row(f"limit: {options.stages} threads, no network", f"{most:,.0f}", "")
-    table.add_row("limit with recomputation", f"{again:,.0f}", "")
-    shares = {}
-    for (mbit, codec, no_cache, direct), rate in rates.items():
-        line = f"{mbit:g} Mbit/s" if mbit else "loopback"
-        name = f"{line}, {codec}, cache {'off' if no_cache else 'on'}, {'direct' if direct else 'driven'}"
-        shares[name] = rate / (again if no_cache else most)
-        table.add_row(name, f"{rate:,.0f}", f"{shares[name]:.3f}")
+    table.add_row("one process, one thread", f"{single:,.0f}", "", "", "")
+    table.add_row(f"{options.stages} threads, recomputing", f"{again:,.0f}", "", "", "")
+    names = {
+        case: f"{f'{case[0]:g} Mbit/s' if case[0] else 'loopback'}, {case[1]}, "
+        f"cache {'off' if case[2] else 'on'}, {'direct' if case[3] else 'driven'}"
+        for case in measured
+    }
+    for case, one in measured.items():
+        table.add_row(names[case], f"{one.limit:,.0f}", f"{one.rate:,.0f}", f"{one.share:.3f}", str(one.resends))
     console.print(table)
     curve = {codec: asyncio.run(held_out_loss(options, codec)) for codec in ("none", "int8")} if options.curve else {}
     theirs = hivemind_overhead(calls)
     line = {
         "single_tokens_s": round(single, 1),
-        "limit_tokens_s": round(most, 1),
+        "limit_tokens_s": round(measured[headline].limit, 1),
         "limit_with_recomputation_tokens_s": round(again, 1),
-        "swarm_tokens_s": round(rates[headline], 1),
-        "share_of_limit": round(rates[headline] / most, 4),
-        "shares": {name: round(share, 4) for name, share in shares.items()},
+        "swarm_tokens_s": round(measured[headline].rate, 1),
+        "share_of_limit": round(measured[headline].share, 4),
+        "shares": {names[case]: round(one.share, 4) for case, one in measured.items()},
         "rpc_overhead_ms": round(ours, 3),
         "hivemind_overhead_ms": round(theirs, 3),
         "overhead_ratio": round(theirs / ours, 2),

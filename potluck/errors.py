@@ -18,7 +18,8 @@
     │   ├── BlobError                          bytes that are not their hash
     │   └── CodecError                         a contribution that does not decode
     ├── ClockError                        8    the clock is too far off its peers' median
-    └── StateError                        9    a checkpoint or a transferred state does not load
+    ├── StateError                        9    a checkpoint or a transferred state does not load
+    └── LedgerError                      10    a ledger that was changed, is damaged, or shows two histories
 Exit code 1 is a bug of ours (a traceback is printed), 130 an interrupt that could not finish cleanly.
 """
 
@@ -113,3 +114,7 @@ class ClockError(PotluckError):
 
 class StateError(PotluckError):
     exit_code = 9
+
+
+class LedgerError(PotluckError):
+    exit_code = 10

@@ -16,12 +16,16 @@ import typer
 
 from potluck.cli.display import megabytes, spark_line
 from potluck.cli.options import JsonOption
-from potluck.errors import NetworkError
+from potluck.errors import LedgerError, NetworkError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from potluck.incentives.report import Row
     from potluck.peer.demo import Demo
+    from potluck.peer.party import Member
+
+    Board = list[tuple[str, Row]]
 
 
 def demo(
@@ -29,21 +33,29 @@ def demo(
     stages: Annotated[
         int, typer.Option("--stages", min=1, max=4, help="Cut the model into so many stages, two peers to each.")
     ] = 1,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="With a validator, which scores what each peer contributes.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where to keep homes and the exported model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a small model with an organizer and workers on this machine: see a whole run in minutes.
 
     A worker joins late, one is killed and comes back, the organizer is killed for good. Ends with the loss curve, a
-    sample and the exported model. With --json the last line is one JSON object.
+    sample and the exported model; with --validate also with who earned how much, by a ledger that was verified and
+    audited. With --json the last line is one JSON object.
 
     Example:  potluck demo --fast
+
+    Example:  potluck demo --validate
     """
-    from potluck.peer.demo import FAST, FULL, Demo, of_stages
+    from potluck.peer.demo import FAST, FULL, Demo, of_stages, validated
 
     script = FAST if fast else FULL
     if stages > 1:
         script = of_stages(script, stages)
+    if validate:
+        script = validated(script)
 
     out = (out or Path("demo-output")).absolute()
     live = not as_json and sys.stdout.isatty()
@@ -59,7 +71,7 @@ def demo(
     # The peers' homes lie in a short path of their own: unix sockets allow 107 characters.
     homes = Path(tempfile.mkdtemp(prefix="potluck-demo-"))
     try:
-        figures = asyncio.run(_run(homes, out / "model", script, Demo, say, live, lines))
+        figures, board = asyncio.run(_run(homes, out / "model", script, Demo, say, live, lines))
         sample = _sample(out / "model")
     except KeyboardInterrupt:
         print("demo interrupted; all its processes are gone", file=sys.stderr)
@@ -69,14 +81,16 @@ def demo(
     if as_json:
         print(json.dumps({**figures, "model": str(out / "model"), "sample": sample}))
     else:
-        _summary(out, figures, sample)
+        _summary(out, figures, sample, board)
     if not (figures["recovered"] and figures["survived_organizer"]):
         raise NetworkError("the demo's peers did not recover from its faults (see the figures above)")
+    if validate and not (figures["ledger_verified"] and figures["ledger_audited"]):
+        raise LedgerError("the demo's ledger does not hold (see the figures above)")
 
 
 async def _run(
     root: Path, out: Path, script: Any, kind: type[Demo], say: Any, live: bool, lines: list[str]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Board]:
     from rich.live import Live
 
     shown = Live(refresh_per_second=4) if live else nullcontext()
@@ -90,7 +104,7 @@ async def _run(
 
     party = kind(root, out, script, on_change, say)
     with shown:
-        return await party.run()
+        return await party.run(), party.board
 
 
 def _print_rounds(party: Demo, printed: set[int], say: Any) -> None:
@@ -112,7 +126,7 @@ def _table(party: Demo, lines: list[str]) -> Table:
     for member in party.members:
         last = member.last
         if not last:
-            table.add_row(member.name, member.state, *[""] * 6)
+            table.add_row(member.name, member.state, *_scored(member))
             continue
         rate = last["tokens"] / max(1e-9, last["seconds"]["train"])
         group = " ".join(sorted(str(names.get(p, p[-6:])).replace("worker-", "w") for p in last["group"]))
@@ -129,19 +143,28 @@ def _table(party: Demo, lines: list[str]) -> Table:
     return table
 
 
+def _scored(member: Member) -> list[str]:
+    """The other columns of a peer that has applied no round: a validator's say which one it scored."""
+    last = member.last_of("incentives.round.scored")
+    if not last:
+        return [""] * 6
+    return [str(last["round"]), "", "", "", "", f"scores {len(last['shares'])}, {last['ledger_size']} ledger entries"]
+
+
 def _sample(model: Path) -> str:
     """Some of the exported model's text."""
     from transformers import AutoModelForCausalLM
 
     from potluck.dht.manifest import Manifest
-    from potluck.peer.export import Sampling, generate_text
+    from potluck.peer.export import generate_text
+    from potluck.peer.visitor import Sampling
 
     manifest = Manifest.model_validate_json((model / "potluck-manifest.json").read_bytes())
     module = AutoModelForCausalLM.from_pretrained(model).eval()
     return generate_text(module, manifest, "def ", Sampling(160, 0.7, seed=0))
 
 
-def _summary(out: Path, figures: dict[str, Any], sample: str) -> None:
+def _summary(out: Path, figures: dict[str, Any], sample: str, board: Board) -> None:
     agree = (
         "bit-identical parameters after every round"
         if figures["digests_agree"]
@@ -157,5 +180,17 @@ def _summary(out: Path, figures: dict[str, Any], sample: str) -> None:
     if "stages" in figures:
         twice = figures["microbatches_counted_twice"]
         print(f"pipeline  {figures['stages']} stages, {figures['microbatches']} microbatches, {twice} counted twice")
+    if "credit" in figures:
+        _credit_summary(out, figures, board)
     print(f"sample    {sample!r}")
     print(f"model     {out / 'model'}  (transformers.AutoModelForCausalLM.from_pretrained loads it)")
+
+
+def _credit_summary(out: Path, figures: dict[str, Any], board: Board) -> None:
+    for name, row in board:
+        done = f"{row.contributed} contributed, {row.refused} refused, {row.missed} missed"
+        print(f"credit    {row.share:6.1%}  {name:<10}  {row.credit:9.1f}  {done}; {row.verdict}")
+    verified = "verified" if figures["ledger_verified"] else "DOES NOT VERIFY"
+    audited = "scoring a late round again gives the same" if figures["ledger_audited"] else "THE AUDIT FAILED"
+    print(f"ledger    {figures['ledger_entries']} entries, {verified}; {audited}")
+    print(f"          {out / 'validator.ledger'}  (potluck ledger show FILE; explain PEER --ledger FILE says why)")

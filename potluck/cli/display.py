@@ -76,6 +76,7 @@ def event_line(event: Event) -> str | None:
                 "too_late": "not done before the commit deadline",
                 "nothing": "nothing was trained in it",
                 "not_stored": "the commit was not stored in time",
+                "committed_before": "an earlier process of this peer committed to it already",
                 "diverged": "the local steps gave values that are not finite (is training.learning_rate too high?)",
             }
             return f"round {event['round']} is sat out: {why.get(event['reason'], event['reason'])}"
@@ -84,6 +85,31 @@ def event_line(event: Event) -> str | None:
             return f"round {event['round']:>5}  {event['microbatches']} microbatches trained through the stages{loss}"
         case "swarm.pipeline.waiting" if event["missing"]:
             return f"nobody serves {' and '.join(event['missing'])}: nothing is trained until somebody does"
+        case "incentives.round.scored":
+            best = sorted(event["shares"].items(), key=lambda item: -item[1])[:3]
+            top = ", ".join(f"..{peer[-6:]} {100 * share:.0f} %" for peer, share in best)
+            refused = f", {len(event['refused'])} refused" if event["refused"] else ""
+            module = "" if event["module"] == "stage.0" else f" of {event['module']}"
+            return (
+                f"round {event['round']:>5}{module} scored: loss {-event['drop']:+.4f}, {len(event['shares'])} "
+                f"peers ({top}){refused}, {event['ledger_size']} entries"
+            )
+        case "incentives.validator.untrusted":
+            return (
+                f"WARNING: this run trusts {event['validators']} validators, and not this peer: its scores count for "
+                f"nobody (the organizer names them in incentives.validators)"
+            )
+        case "incentives.weights.late":
+            return f"WARNING: the weights of round {event['round']} came too late to count: is this machine too slow?"
+        case "incentives.round.unscored":
+            return f"round {event['round']:>5} is not scored: it is over for too long"
+        case "incentives.weights.failed":
+            return f"WARNING: the weights of round {event['round']} could not be published: {event['error']}"
+        case "swarm.weights.stale" if event["age_rounds"] >= 2:
+            return (
+                f"no validator was heard for {event['age_rounds']} rounds: weights fade to equal "
+                f"({100 * event['faded']:.0f} %)"
+            )
         case "swarm.move.started":
             return f"this peer is missed more in {event['module']}: taking over its state, then leaving {event['left']}"
         case "swarm.move.done":

@@ -29,9 +29,10 @@ def generate(
 
     Example:  potluck generate 'import os' --tokens 300
     """
-    from potluck.peer.export import Sampling, Source
+    from potluck.peer.export import Source
     from potluck.peer.export import generate as continue_text
     from potluck.peer.home import default_home
+    from potluck.peer.visitor import Sampling
 
     parts: list[str] = []
 

@@ -8,12 +8,29 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from potluck import __version__
-from potluck.cli import demo, export, generate, host, join, leave, run_new, simulate, status, why
+from potluck.cli import (
+    audit,
+    demo,
+    export,
+    fetch,
+    generate,
+    host,
+    identity,
+    join,
+    leave,
+    ledger,
+    run_new,
+    simulate,
+    status,
+    validate,
+    why,
+)
 from potluck.errors import PotluckError
 
 app = typer.Typer(
@@ -23,8 +40,8 @@ app = typer.Typer(
     "Join one:      potluck join 'potluck:...'\n\n"
     "See it work:   potluck demo\n\n"
     "Exit codes: 0 done, 1 a bug, 2 a wrong setting, 3 identity, 4 manifest or invite, 5 hardware, 6 network, "
-    "7 a peer broke the protocol, 8 clock, 9 a checkpoint or state does not load, 130 interrupted before it had joined "
-    "(or ended by force).",
+    "7 a peer broke the protocol, 8 clock, 9 a checkpoint or state does not load, 10 a ledger does not hold, 130 "
+    "interrupted before it had joined (or ended by force).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,9 +50,20 @@ app = typer.Typer(
 runs = typer.Typer(help="Runs: `potluck run new` writes a manifest to start one from.", no_args_is_help=True)
 app.add_typer(runs, name="run")
 runs.command("new")(run_new.run_new)
-COMMANDS = (
+identities = typer.Typer(help="This home's identity.", no_args_is_help=True)
+app.add_typer(identities, name="identity")
+identities.command("show")(identity.show)
+identities.callback()(lambda: None)
+ledgers = typer.Typer(help="A validator's ledger: who earned what, why, and whether it holds.", no_args_is_help=True)
+app.add_typer(ledgers, name="ledger")
+ledgers.command("audit")(audit.audit)
+ledgers.command("fetch")(fetch.fetch)
+for view in (ledger.show, ledger.peer, ledger.explain, ledger.verify, ledger.prove, ledger.export):
+    ledgers.command()(view)
+COMMANDS: tuple[Callable[..., None], ...] = (
     host.host,
     join.join,
+    validate.validate,
     status.status,
     why.why,
     leave.leave,

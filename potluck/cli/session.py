@@ -38,6 +38,8 @@ def run_peer(
     data: str | None,
     stage: int | None,
     train_only: bool = False,
+    validate: bool = False,
+    archive: str = "20GB",
     listen: list[str] | None,
     announce: list[str] | None,
     disk_quota: str,
@@ -46,7 +48,7 @@ def run_peer(
     loopback: bool,
     as_json: bool,
 ) -> None:
-    """Train until the run is left. Errors of the peer propagate."""
+    """Train, or validate, until the run is left. Errors of the peer propagate."""
     quota = parse_bytes("--disk-quota", disk_quota)
     upload = parse_bytes("--upload-limit", upload_limit) if upload_limit else None
     if quota < MIN_QUOTA:
@@ -76,7 +78,15 @@ def run_peer(
     if train_only and stage is not None:
         raise UserError("--train-only and --stage exclude each other: who only trains serves no stage")
     settings = PeerSettings(
-        name=name, device=device, threads=threads, data=data, stage=stage, train_only=train_only, network=network
+        name=name,
+        device=device,
+        threads=threads,
+        data=data,
+        stage=stage,
+        train_only=train_only,
+        validate=validate,
+        archive_bytes=parse_bytes("--archive", archive),
+        network=network,
     )
     uvloop.run(_session(open_run, home or default_home(), settings, rounds, as_json))
 

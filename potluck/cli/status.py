@@ -47,6 +47,13 @@ def _pipeline(pipeline: Any) -> list[str]:
     ]
 
 
+def _validates(validates: Any) -> list[str]:
+    if not validates:
+        return []
+    rounds = ", ".join(f"{module} before round {round_}" for module, round_ in validates["modules"].items() if round_)
+    return [f"validates  {rounds or 'nothing yet'}; {validates['entries']} entries in {validates['ledger']}"]
+
+
 def _text(answer: dict[str, object]) -> str:
     if answer["phase"] == "not running":
         return f"run {str(answer['run'])[:8]}: {answer['detail']}"
@@ -62,6 +69,7 @@ def _text(answer: dict[str, object]) -> str:
         f"group      {len(answer['group'])} contributions last round"  # type: ignore[arg-type]
         + (", training ALONE" if answer["alone"] else ""),
         *_pipeline(answer["pipeline"]),
+        *_validates(answer["validates"]),
         f"invite     potluck join '{answer['invite']}'",
     ]
     return "\n".join(lines)

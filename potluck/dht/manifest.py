@@ -264,7 +264,26 @@ class IncentivesPart(_Part):
     validators: tuple[PeerIdText, ...] = Field(
         default=(), max_length=64, strict=False, description="peer ids whose published weights are trusted"
     )
-    emission: float = Field(default=0.0, ge=0, le=1e12, description="credit paid out per round")
+    stake: dict[PeerIdText, Annotated[float, Field(gt=0, le=1e6)]] = Field(
+        default_factory=dict, max_length=64, description="trust in each validator; 1 for those not named"
+    )
+    emission: float = Field(default=100.0, ge=0, le=1e12, description="credit paid out per round and module")
+    validator_emission: float = Field(
+        default=10.0, ge=0, le=1e12, description="credit paid to validators, on top, per round and module"
+    )
+
+    @model_validator(mode="after")
+    def _stake_is_of_validators(self) -> Self:
+        if len(set(self.validators)) < len(self.validators):
+            raise ValueError("validators names a peer twice; trust one more with incentives.stake")
+        if odd := sorted(set(self.stake) - set(self.validators)):
+            raise ValueError(f"stake names {odd[0]}, which is none of incentives.validators")
+        return self
+
+    @property
+    def trust(self) -> dict[PeerId, float]:
+        """Stake of every validator; empty where nobody scores."""
+        return {PeerId(peer): self.stake.get(peer, 1.0) for peer in self.validators}
 
 
 class ManifestDraft(_Part):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
@@ -37,14 +37,18 @@ async def start_dht(
     wait_timeout_seconds: float = 1.0,
     clock: Callable[[], float] = time.time,
     validator: RecordValidator | None = None,
+    validators: Collection[PeerId] | None = None,
 ) -> DHTNode:
     """A running node. It starts, alone, even if no initial peer answers: see `add_peers` and `peers_known`.
 
     `initial_peers` are peers that the host is connected to or can find; records may expire at most
     `max_ahead_seconds` from now; each call to another node takes at most `wait_timeout_seconds`.
+    `validators`: whose weights are taken.
     """
     quieten_hivemind()
-    validator = validator or RecordValidator(run_id, max_ahead_seconds=max_ahead_seconds, clock=clock)
+    validator = validator or RecordValidator(
+        run_id, max_ahead_seconds=max_ahead_seconds, clock=clock, validators=validators
+    )
     node_id = node_id_of(host.peer_id)
     # Made as a client, which touches no network, because only then can its protocol be replaced by ours.
     # All caches are off: what is read must be the latest, and what was read is kept by RecordProtocol.

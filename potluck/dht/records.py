@@ -27,7 +27,7 @@ from potluck.net.identity import Identity, peer_id_of, verify
 #: DHT.
 MAX_RECORD_BYTES: Final = 4096
 #: Peers that fit into one `Weights` record: 4096 bytes less the envelope, at 63 bytes for each peer.
-MAX_WEIGHTS: Final = 56
+MAX_WEIGHTS: Final = 54
 
 _VERSION: Final = 1
 _DOMAIN: Final = b"potluck.record.1"
@@ -43,6 +43,7 @@ Reason = Literal[
     "too_many_subkeys",
     "too_fast",  # its signer, or the node that sent it, exceeds its rate
     "wrong_place",  # a node that claims another place in the DHT than its peer id has
+    "stranger",  # weights of a peer that is none of the run's validators
     "no_room",  # our storage is full of keys that lie nearer to us
 ]
 
@@ -108,6 +109,16 @@ class Replica(Record, frozen=True, forbid_unknown_fields=True, kw_only=True):
     addresses: Annotated[list[Address], Meta(max_length=8)]
     name: Annotated[str, Meta(max_length=64)] = ""
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it only follows the module, or has left it: it answers no calls."""
+        return self.role in ("observer", "validator")
+
+    @property
+    def serves(self) -> bool:
+        """Whether it can be called: it has a state to answer with."""
+        return not self.keeps and self.digest is not None
+
     def path(self) -> str:
         return replicas_path(self.module, self.shard)
 
@@ -128,6 +139,8 @@ class Commit(Record, frozen=True, forbid_unknown_fields=True, kw_only=True):
     loss_after: float
     #: Content address of the state that theta_round is: equal digests mean bit-identical replicas.
     digest: Hash
+    #: What proves that this peer has that state (`swarm/state.py`).
+    witness: Hash | None = None
     #: Contributions applied since theta_0: breaks ties between states in favour of the trained one.
     history: Annotated[int, Meta(ge=0, lt=2**53)] = 0
     replicas_estimate: NonNegative
@@ -148,6 +161,16 @@ class Weights(Record, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     module: Module
     round: Round
+    #: Of the validator's ledger when it published this: its size and root hash. Two histories would show.
+    ledger_size: Annotated[int, Meta(ge=0, lt=2**53)] = 0
+    ledger_root: Hash | None = None
+    #: Counts for rounds that begin later.
+    made_at: NonNegative
+    #: That it evaluated, and did not copy: how much more credit the first half of so many windows gives the round's
+    #: step than the second. They are drawn for this validator from the round's beacon: who saw the round can check it.
+    beacon: Hash | None = None
+    windows: Annotated[int, Meta(ge=0, le=1024)] = 0
+    contrast: float = 0.0
     weights: Annotated[dict[PeerIdText, Annotated[float, Meta(ge=0, le=1)]], Meta(max_length=MAX_WEIGHTS)]
 
     def path(self) -> str:

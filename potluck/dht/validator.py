@@ -11,14 +11,14 @@ import hashlib
 import struct
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Final
 
 import msgspec
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 
 from potluck.dht.manifest import RunId
-from potluck.dht.records import MAX_RECORD_BYTES, Record, RejectedRecord, Signed, check_expiry, decode
+from potluck.dht.records import MAX_RECORD_BYTES, Record, RejectedRecord, Signed, Weights, check_expiry, decode
 from potluck.net.host import PeerId
 
 #: New records a signer may have accepted at once, and per second after that. A peer makes a handful per
@@ -61,8 +61,11 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
         clock: Callable[[], float] = time.time,
         signer_burst: float = SIGNER_BURST,
         signer_per_second: float = SIGNER_PER_SECOND,
+        validators: Collection[PeerId] | None = None,
     ) -> None:
         self.run_id, self.max_ahead_seconds, self.clock = run_id, max_ahead_seconds, clock
+        #: Whose weights are taken; None: anybody's.
+        self.validators = validators
         self.rejected: Counter[str] = Counter()
         self._rates = TokenBuckets(signer_burst, signer_per_second, clock)
         self._verified: OrderedDict[bytes, Signed[Record]] = OrderedDict()
@@ -118,6 +121,9 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
         )
         if signed.expires_at != expires_at:
             raise RejectedRecord("malformed", "the DHT's expiration time is not the signed one")
+        if isinstance(signed.record, Weights) and self.validators is not None and signed.peer not in self.validators:
+            # Else free identities could fill the key under which validators' weights lie.
+            raise RejectedRecord("stranger", f"{signed.peer} is none of this run's validators")
         return signed
 
 

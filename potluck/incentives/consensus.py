@@ -4,7 +4,7 @@ After Bittensor's Yuma consensus with bonds, as `gauntlet.md` states it. A weigh
 the stake would give is cut to it. As published only over-weighting is cut; `two_sided` also lifts what is below what
 `kappa` of the stake would at most give, so that a minority takes nothing from those whom it dislikes either.
 
-Shapes: V validators, P peers. Where the two are the same list (V = P), nobody's opinion of itself counts.
+Shapes: V validators, P peers. Where the two are the same list, nobody's opinion of itself counts.
 """
 
 from __future__ import annotations
@@ -53,10 +53,12 @@ def yuma(
     alpha: float = 0.1,
     active: npt.ArrayLike | None = None,
     two_sided: bool = False,
+    mask_self: bool | None = None,
 ) -> Consensus:
     """`stake` (V,), `weights` (V, P), `bonds` (V, P) of the round before, `active` (V,) of bool: whose stake counts.
 
     `kappa`: the share of the stake that decides, in (0, 1]. `beta`: how much of what is cut is lost for bonds.
+    `mask_self`: row and column of one number are one peer (None: where V = P).
     `alpha`: weight of this round's bonds in their moving average. Raises ValueError for other shapes, negative or
     non-finite values.
     """
@@ -69,14 +71,15 @@ def yuma(
         S = np.where(np.asarray(active, dtype=bool), S, 0.0)
     S = _normalized(S)
     W = W.copy()
-    if W.shape[0] == W.shape[1]:
+    masked = W.shape[0] == W.shape[1] if mask_self is None else mask_self
+    if masked:
         np.fill_diagonal(W, 0.0)
     W = _normalized(W, axis=1)
 
     C = _upper(S, W, kappa)
     cut = np.minimum(W, C)
     clipped = np.maximum(cut, np.minimum(C, _lower(S, W, kappa))) if two_sided else cut
-    if two_sided and W.shape[0] == W.shape[1]:
+    if two_sided and masked:
         np.fill_diagonal(clipped, 0.0)
 
     R = S @ clipped

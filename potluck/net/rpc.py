@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
@@ -561,7 +561,9 @@ class _ServerLane(_Lane):
             self.rpc._release(self.peer, call.buffered)
 
     def _on_closed(self) -> None:
-        self.rpc._server_lanes.pop(self, None)
+        if self in self.rpc._server_lanes:
+            del self.rpc._server_lanes[self]
+            self.rpc._disown(self.peer)
         for call_id, call in list(self._served.items()):
             if call.task is None:
                 self._release(call_id, call)
@@ -593,8 +595,9 @@ class Rpc:
         self._lanes: dict[tuple[PeerId, LaneName], asyncio.Task[_CallerLane]] = {}
         #: Dictionaries, because sets have another order in every process, and a replayed run is the same run.
         self._server_lanes: dict[_ServerLane, None] = {}
-        #: Streams that have not said hello yet count, too.
-        self._greeting: list[PeerId] = []
+        #: Whose they are; streams that have not said hello yet count, too.
+        self._owners: Counter[PeerId] = Counter()
+        self._owned = 0
         self._total = _Load()
         self._loads: dict[PeerId, _Load] = {}
         self._tasks: dict[asyncio.Task[Any], None] = {}
@@ -710,26 +713,40 @@ class Rpc:
     async def _accept(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = PeerId(info.peer_id.to_base58())
         limits = self.limits
-        owners = [*self._greeting, *(lane.peer for lane in self._server_lanes)]
-        if self._closed or owners.count(peer) >= limits.lanes_per_peer or len(owners) >= limits.lanes_total:
+        if self._closed or self._owners[peer] >= limits.lanes_per_peer or self._owned >= limits.lanes_total:
             writer.close()
             return
-        self._greeting.append(peer)
+        self._owners[peer] += 1
+        self._owned += 1
+        served = False
         try:
-            async with asyncio.timeout(limits.hello_timeout_seconds):
+            served = await self._greet(peer, reader, writer)
+        finally:
+            if not served:
+                self._disown(peer)
+
+    async def _greet(self, peer: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Whether the stream became a lane."""
+        try:
+            async with asyncio.timeout(self.limits.hello_timeout_seconds):
                 hello = await reader.readexactly(len(HELLO))
         except (TimeoutError, OSError, EOFError):
             writer.close()
-            return
-        finally:
-            self._greeting.remove(peer)
+            return False
         if hello != HELLO or self._closed:
             writer.close()
-            return
+            return False
         writer.write(HELLO)
         lane = _ServerLane(self, peer, writer)
         if lane.closed is None:
             self._server_lanes[lane] = None
+        return lane in self._server_lanes
+
+    def _disown(self, peer: PeerId) -> None:
+        self._owned -= 1
+        self._owners[peer] -= 1
+        if not self._owners[peer]:
+            del self._owners[peer]
 
     # --- serving
 

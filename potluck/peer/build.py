@@ -13,11 +13,12 @@ from potluck.swarm.data import Corpus, OnProgress, load_corpus
 from potluck.swarm.follower import RoundRules
 from potluck.swarm.layout import Layout
 from potluck.swarm.local import LocalTrainer
-from potluck.swarm.model import build_module, count_parameters
+from potluck.swarm.model import build_module, count_parameters, transformers_config
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round, RoundClock
 from potluck.swarm.pull import MAX_OF_GROUP_SIZE
-from potluck.swarm.stage import Stage, stage_names, stage_parameters
+from potluck.swarm.server import Shapes
+from potluck.swarm.stage import Stage, hidden_size, stage_names, stage_parameters
 from potluck.swarm.stage_trainer import StageTrainer
 from potluck.swarm.state import ReplicaState
 
@@ -72,6 +73,14 @@ def build(
     return Parts(LocalTrainer(module, manifest.training, where, micro_batch=micro_batch), corpus, theta_0)
 
 
+def shapes_of(manifest: Manifest) -> Shapes:
+    """What stages of the run may be sent."""
+    text = transformers_config(manifest.model).get_text_config()
+    pipeline, length = manifest.pipeline, manifest.data.sequence_length
+    hidden, vocabulary = hidden_size(manifest.model), int(text.vocab_size)
+    return Shapes(pipeline.microbatch, length, hidden, vocabulary, pipeline.activations)
+
+
 def settle_seconds(manifest: Manifest) -> float:
     """Of a round's training, kept free at its end for confirmations that are on their way."""
     return min(2.0, max(0.2, 0.05 * manifest.rounds.seconds))
@@ -115,6 +124,7 @@ def rules_of(manifest: Manifest) -> RoundRules:
     return RoundRules(
         clock=RoundClock(manifest.genesis, rounds.seconds, rounds.exchange_seconds),
         steps=rounds.steps,
+        step_tokens=manifest.training.batch_size * manifest.data.sequence_length if manifest.model.stages == 1 else 0,
         group_size=rounds.group_size,
         retain=rounds.retain,
         fragments=rounds.fragments,

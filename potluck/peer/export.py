@@ -17,7 +17,7 @@ from potluck.dht.manifest import Manifest, RunId, SignedManifest
 from potluck.errors import StateError, UserError
 from potluck.peer.build import MODULE
 from potluck.peer.home import Home, RunFolder
-from potluck.peer.visitor import Progress, Visitor, addresses_of, visit
+from potluck.peer.visitor import Progress, Sampling, Visitor, addresses_of, visit
 from potluck.swarm.checkpoints import CheckpointStore
 from potluck.swarm.data import hub_tokenizer
 from potluck.swarm.layout import Layout
@@ -92,15 +92,6 @@ async def export_run(
     return {"path": str(directory), "run": source.run_id, "round": round_, "parameters": parameters}
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """`temperature` 0 takes the likeliest token each time."""
-
-    tokens: int
-    temperature: float
-    seed: int
-
-
 async def generate(source: Source, prompt: str, sampling: Sampling, on_text: Callable[[str], None]) -> int | None:
     """Continue a text, and hand it over as it comes. The round of the model; None of one that goes on training."""
     if source.is_here:
@@ -115,9 +106,7 @@ async def generate(source: Source, prompt: str, sampling: Sampling, on_text: Cal
         text = Text(visitor.manifest)
         ids = text.encode(prompt)
         on_text(text.decode(ids))
-        await visitor.generate(
-            ids, sampling.tokens, sampling.temperature, sampling.seed, lambda token: on_text(text.more(token))
-        )
+        await visitor.generate(ids, sampling, lambda token: on_text(text.more(token)))
         on_text(text.rest())
     return None
 

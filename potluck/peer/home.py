@@ -6,6 +6,7 @@ runs/<run id>/               one folder per run
     lock                     held by the process that trains
     checkpoints/<module>/    complete checkpoints
     blobs/                   contributions, bounded by --disk-quota
+    ledger.sqlite            of a validator: its ledger
     peers.json, listen.json  addresses that answered last time, and our own
     events.jsonl             the log (rotated at 16 MB)
 s/<8 characters of run id>/  control sockets (mode 0700), gone when the process ends
@@ -49,6 +50,16 @@ class RunFolder:
     @property
     def control_socket(self) -> Path:
         return self.sockets / "control.sock"
+
+    @property
+    def ledger(self) -> Path:
+        """Of a validator: what it scored and paid (`incentives/ledger.py`)."""
+        return self.path / "ledger.sqlite"
+
+    @property
+    def archive(self) -> Path:
+        """Of a validator: the blobs that its scores follow from."""
+        return self.path / "archive"
 
     def save_manifest(self, signed: SignedManifest) -> None:
         write_atomically(self.manifest_path, signed.envelope)

@@ -13,7 +13,7 @@ from hivemind.dht.node import DHTNode
 from potluck.dht.care import dial, keep_connected
 from potluck.dht.directory import Directory
 from potluck.dht.invite import Invite
-from potluck.dht.manifest import MAX_MANIFEST_BYTES, RunId, SignedManifest
+from potluck.dht.manifest import MAX_MANIFEST_BYTES, Manifest, RunId, SignedManifest
 from potluck.dht.node import start_dht, stop_dht
 from potluck.errors import DaemonError, ManifestError, NetworkError, PotluckError, RpcError
 from potluck.net.blobs import BlobService, BlobStore
@@ -28,6 +28,7 @@ Emit = Callable[..., None]
 
 MANIFEST_METHOD = "manifest.get"
 MANIFEST_SECONDS = 10.0
+DIRECTORY_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -173,15 +174,22 @@ class Node:
 
     # ---- directory ------------------------------------------------------------------------------------------
 
-    async def join_dht(self, run_id: RunId, max_ahead_seconds: float, wait_seconds: float) -> Directory:
-        node = await start_dht(
-            self.host,
-            run_id,
-            initial_peers=await self.connected(),
-            max_ahead_seconds=max_ahead_seconds,
-            wait_timeout_seconds=wait_seconds,
-            clock=self.clock.now,
-        )
+    async def join_dht(self, run_id: RunId, manifest: Manifest) -> Directory:
+        """Raises NetworkError if it does not open in time."""
+        rounds = manifest.rounds
+        try:
+            async with asyncio.timeout(DIRECTORY_SECONDS):
+                node = await start_dht(
+                    self.host,
+                    run_id,
+                    initial_peers=await self.connected(),
+                    max_ahead_seconds=(rounds.retain + 3) * rounds.seconds + 60,
+                    wait_timeout_seconds=min(3.0, max(0.5, rounds.exchange_seconds / 4)),
+                    clock=self.clock.now,
+                    validators=manifest.incentives.trust.keys(),
+                )
+        except TimeoutError:
+            raise NetworkError(f"the run's directory did not open within {DIRECTORY_SECONDS:.0f} s") from None
         self._dht = node
         self._stack.push_async_callback(stop_dht, node)
         return Directory(node, self.identity, run_id, clock=self.clock.now)

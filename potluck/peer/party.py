@@ -155,7 +155,15 @@ class Party:
             async with asyncio.timeout(timeout_seconds), self._changed:
                 await self._changed.wait_for(condition)
         except TimeoutError:
-            raise NetworkError(f"{what}: not within {timeout_seconds:.0f} s") from None
+            raise NetworkError(f"{what}: not within {timeout_seconds:.0f} s ({self._whereabouts()})") from None
+
+    def _whereabouts(self) -> str:
+        """Where each member stands, for an error."""
+        return "; ".join(
+            f"{member.name} {member.state}, round {member.last.get('round', '-')}"
+            f" in a group of {len(member.last.get('group', ()))}"
+            for member in self.members
+        )
 
     async def kill(self, member: Member) -> None:
         """kill -9, and wait until it is gone."""

@@ -16,7 +16,7 @@ from potluck.dht.records import Replica, Signed
 from potluck.dht.shards import shard_of
 from potluck.errors import HardwareError, NetworkError, PotluckError, UserError
 from potluck.net.host import PeerId
-from potluck.peer.build import rules_of, settle_seconds
+from potluck.peer.build import rules_of, settle_seconds, shapes_of
 from potluck.peer.hardware import free_memory
 from potluck.peer.seat import Around, Keeper, Seat
 from potluck.swarm.data import Corpus, assigned_offsets
@@ -24,8 +24,8 @@ from potluck.swarm.keepers import COPIES, kept_by
 from potluck.swarm.model import ModelSpec
 from potluck.swarm.phases import Round
 from potluck.swarm.rebalance import PERIOD_SECONDS, RULES, PeerLoad, decide, newcomer
-from potluck.swarm.server import Shapes, StageServer
-from potluck.swarm.stage import hidden_size, stage_layout, stage_names, stage_work
+from potluck.swarm.server import StageServer
+from potluck.swarm.stage import stage_layout, stage_names, stage_work
 from potluck.swarm.stage_trainer import StageTrainer
 from potluck.swarm.state import ReplicaState
 from potluck.swarm.trainer import PipelineTrainer
@@ -56,6 +56,12 @@ async def read_stages(directory: Directory, stages: int, shards: Sequence[int] =
     return list(await asyncio.gather(*map(read, stage_names(stages))))
 
 
+def wire(driver: PipelineTrainer, rows: Sequence[Sequence[Signed[Replica]]], now: float, longer: float = 0.0) -> None:
+    """Make a trainer know who serves each stage, until the announcements expire or `longer` seconds beyond that."""
+    for wiring, row in zip(driver.wirings, rows, strict=True):
+        wiring.update({one.peer: one.expires_at + longer for one in row if one.record.serves}, now)
+
+
 def shards_to_read(me: PeerId, shards: int) -> list[int]:
     """This peer's own shard, in which the others look for it, and the next few: keepers are in the first."""
     own = shard_of(me, 0, shards)
@@ -64,7 +70,7 @@ def shards_to_read(me: PeerId, shards: int) -> list[int]:
 
 def table_of(rows: Sequence[Sequence[Signed[Replica]]], me: PeerId | None = None) -> list[dict[PeerId, PeerLoad]]:
     """What rebalancing goes by, without `me`. Who has not measured yet counts as the middle of those who have."""
-    serving = [[one for one in row if one.record.role != "observer" and one.peer != me] for row in rows]
+    serving = [[one for one in row if not one.record.keeps and one.peer != me] for row in rows]
     measured = [one.record.throughput for row in serving for one in row if one.record.throughput > 0]
     usual = statistics.median(measured) if measured else 1.0
 
@@ -98,6 +104,12 @@ async def choose_stage(
     mine = [name for name in names if name in held]
     if mine:
         return min(mine, key=lambda name: len(found[names.index(name)]))
+    # In a thread: whoever looks at a model first imports transformers, for seconds.
+    able = await asyncio.to_thread(_fitting, names, check_fits)
+    return names[newcomer(me, table_of(found, me), await asyncio.to_thread(stage_work, spec), able)]
+
+
+def _fitting(names: Sequence[str], check_fits: Callable[[str], None]) -> list[int]:
     able, reason = [], None
     for number, name in enumerate(names):
         try:
@@ -107,29 +119,19 @@ async def choose_stage(
             reason = error
     if reason and not able:
         raise reason
-    return names[newcomer(me, table_of(found, me), await asyncio.to_thread(stage_work, spec), able)]
+    return able
 
 
 class Pipeline:
     """`run` trains while the rounds do; `serve` a seat from the start, or none. `on_move(module)` is called when this
     peer is missed more elsewhere; `bound`: it never is."""
 
-    def __init__(
-        self, around: Around, corpus: Corpus, vocabulary: int, on_move: Callable[[str], None], *, bound: bool
-    ) -> None:
+    def __init__(self, around: Around, corpus: Corpus, on_move: Callable[[str], None], *, bound: bool) -> None:
         manifest = around.manifest
         self._around, self._corpus, self._on_move, self._bound = around, corpus, on_move, bound
         self._now, self._emit, self._me = around.clock.now, around.emit, around.peer
-        self._seed = around.run_id.encode() + manifest.data.seed.to_bytes(8, "big")
         self._names, settings = stage_names(manifest.model.stages), manifest.pipeline
-        shapes = Shapes(
-            settings.microbatch,
-            manifest.data.sequence_length,
-            hidden_size(manifest.model),
-            vocabulary,
-            settings.activations,
-        )
-        rpc = around.node.rpc
+        rpc, shapes = around.node.rpc, shapes_of(manifest)
         self._server = StageServer(rpc, shapes)
         self.driver = PipelineTrainer(
             rpc, len(self._names), shapes, in_flight=settings.in_flight, direct=settings.direct, now=self._now
@@ -172,8 +174,7 @@ class Pipeline:
             view = await self._around.directory.replicas(module, timeout_seconds=READ_SECONDS)
         except PotluckError:
             return False
-        others = [one.record for one in view.records if one.peer != self._me]
-        return any(record.role != "observer" and record.digest for record in others)
+        return any(one.record.serves for one in view.records if one.peer != self._me)
 
     def leave(self, module: str) -> None:
         self._server.leave(module)
@@ -201,7 +202,7 @@ class Pipeline:
     def status(self) -> dict[str, Any]:
         stages = []
         for row in self._replicas:
-            serving = [one.record for one in row if one.record.role != "observer"]
+            serving = [one.record for one in row if not one.record.keeps]
             load = round(statistics.fmean(record.load for record in serving), 3) if serving else None
             rate = round(sum(record.throughput for record in serving), 1)  # for a stage of average work
             stages.append(
@@ -236,9 +237,7 @@ class Pipeline:
             except PotluckError as error:
                 self._emit("swarm.pipeline.unread", error=str(error))
             else:
-                for wiring, row in zip(self.driver.wirings, self._replicas, strict=True):
-                    serving = (one for one in row if one.record.digest and one.record.role != "observer")
-                    wiring.update({one.peer: one.expires_at for one in serving}, self._now())
+                wire(self.driver, self._replicas, self._now())
                 self._measure()
                 self._tell_missing()
                 await self._keep()
@@ -279,7 +278,7 @@ class Pipeline:
         """Follow the stages of which we are to keep snapshots, and those no longer that others keep now."""
         if self._seat is None:
             return
-        serving = [[one.peer for one in row if one.record.role != "observer"] for row in self._replicas]
+        serving = [[one.peer for one in row if not one.record.keeps] for row in self._replicas]
         own = self._names.index(self._seat.module)
         wanted = {self._names[stage] for stage in kept_by(self._me, own, serving)} - {self._coming}
         for module in [module for module in self._keepers if self._may_drop(module, wanted)]:
@@ -301,8 +300,8 @@ class Pipeline:
         if task.done() or (keeper.state is None and module not in wanted):
             return True
         records = [one.record for one in self._replicas[self._names.index(module)] if one.peer != self._me]
-        lives = any(record.role != "observer" and record.digest for record in records)
-        kept = sum(1 for record in records if record.role == "observer" and record.digest)
+        lives = any(record.serves for record in records)
+        kept = sum(1 for record in records if record.keeps and record.digest)
         return module not in wanted and (lives or kept >= COPIES)
 
     async def _stop_keeping(self, module: str) -> ReplicaState | None:
@@ -369,5 +368,7 @@ class Pipeline:
         while True:
             first = self._drawn[1]
             self._drawn = (round_, first + size)
-            offsets = assigned_offsets(self._seed, TRAINER_MODULE, self._me, round_, first, size, self._corpus)
+            offsets = assigned_offsets(
+                self._around.run_seed, TRAINER_MODULE, self._me, round_, first, size, self._corpus
+            )
             yield self._corpus.batch(offsets)

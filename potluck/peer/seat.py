@@ -17,6 +17,7 @@ import torch
 from potluck.dht.directory import Directory
 from potluck.dht.manifest import Manifest, RunId
 from potluck.errors import ManifestError
+from potluck.incentives.steering import Steering
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.clock import RunClock
 from potluck.net.fetch import fetch
@@ -26,12 +27,12 @@ from potluck.peer.home import RunFolder
 from potluck.peer.node import Node
 from potluck.swarm.checkpoints import CheckpointStore, CheckpointWriter
 from potluck.swarm.codecs import make_codec
-from potluck.swarm.data import assigned_offsets
+from potluck.swarm.data import assigned_offsets, data_seed
 from potluck.swarm.exchange import NetworkExchange
 from potluck.swarm.follower import Follower, Following
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.phases import Round
-from potluck.swarm.presence import Presence
+from potluck.swarm.presence import Presence, Role
 from potluck.swarm.rounds import GossipReplica
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 from potluck.swarm.waits import WaitBoard
@@ -66,6 +67,11 @@ class Around:
     def peer(self) -> PeerId:
         return self.node.peer_id
 
+    @property
+    def run_seed(self) -> bytes:
+        """What the assignment of samples to peers begins with."""
+        return self.run_id.encode() + self.manifest.data.seed.to_bytes(8, "big")
+
     def exchange(self) -> NetworkExchange:
         rounds = self.manifest.rounds
         return NetworkExchange(
@@ -77,12 +83,12 @@ class Around:
             on_progress=self.on_progress,
         )
 
-    def presence(self, keeper: bool = False) -> Presence:
+    def presence(self, role: Role | None = None) -> Presence:
         organizer = self.manifest.organizer == self.peer
         presence = Presence(
             self.directory,
             self.peer,
-            role="observer" if keeper else "organizer" if organizer else "worker",
+            role=role or ("organizer" if organizer else "worker"),
             name=self.name,
             session=self.session,
             emit=self.emit,
@@ -92,7 +98,7 @@ class Around:
 
     def following(self, module: str, exchange: NetworkExchange, emit: Emit) -> Following:
         manifest = self.manifest
-        return Following(
+        following = Following(
             peer=self.peer,
             module=module,
             rules=rules_of(manifest),
@@ -104,6 +110,11 @@ class Around:
             emit=emit,
             session=self.session,
         )
+        if trust := manifest.incentives.trust:
+            following["steer"] = Steering(
+                exchange, module, trust, rules_of(manifest).clock, manifest.rounds.retain, emit
+            )
+        return following
 
 
 class Seat:
@@ -118,7 +129,6 @@ class Seat:
             self.checkpoints, lambda error: emit("peer.checkpoint.failed", module=module, error=str(error))
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._training = False
         following = around.following(module, self._exchange, self._on_event)
         following["on_state"] = self._on_state
         self.replica = GossipReplica(
@@ -181,9 +191,10 @@ class Seat:
         return parse_state(fetched, self.module, ours.layout, ours.velocity is not None)
 
     def _batches(self, round_: Round) -> Iterator[torch.Tensor]:
-        around, corpus = self._around, self.parts.corpus
+        around, corpus, state = self._around, self.parts.corpus, self.replica.state
         size, first = around.manifest.training.batch_size, 0
-        seed = around.run_id.encode() + around.manifest.data.seed.to_bytes(8, "big")
+        assert state
+        seed = data_seed(around.run_seed, state.digest)
         while True:
             yield corpus.batch(assigned_offsets(seed, MODULE, around.peer, round_, first, size, corpus))
             first += size
@@ -220,7 +231,7 @@ class Keeper:
 
     def __init__(self, around: Around, module: str, layout: Layout) -> None:
         self.module = module
-        self._around, self._exchange, self._presence = around, around.exchange(), around.presence(keeper=True)
+        self._around, self._exchange, self._presence = around, around.exchange(), around.presence("observer")
         following = around.following(module, self._exchange, lambda name, **fields: None)
         following["on_state"] = self._on_state
         self._follower = Follower(layout, **following)

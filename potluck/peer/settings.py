@@ -12,7 +12,7 @@ from potluck.peer.node import NetworkSettings
 @dataclass(frozen=True)
 class PeerSettings:
     """`stage`: of a pipeline, the one to serve for good; None: where one more is missed most, and it may change.
-    `train_only`: serve none, and train through the others' stages."""
+    `train_only`: serve none, and train through the others' stages. `validate`: train nothing, score the others."""
 
     name: str = ""
     device: str = "auto"
@@ -20,6 +20,8 @@ class PeerSettings:
     data: str | None = None
     stage: int | None = None
     train_only: bool = False
+    validate: bool = False
+    archive_bytes: int = 20 * 10**9
     keep_checkpoints: int = 3
     on_event: Callable[[dict[str, Any]], None] | None = None
     network: NetworkSettings = field(default_factory=NetworkSettings)

@@ -9,7 +9,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -22,27 +22,36 @@ from potluck.dht.manifest import Manifest, RunId, SignedManifest
 from potluck.errors import NetworkError, PotluckError, UserError
 from potluck.net.clock import RunClock
 from potluck.net.identity import Identity
-from potluck.peer.build import rules_of
+from potluck.peer.build import rules_of, shapes_of
 from potluck.peer.control import ask
 from potluck.peer.home import Home, RunFolder
 from potluck.peer.node import NetworkSettings, Node
-from potluck.peer.pipeline import read_stages
+from potluck.peer.pipeline import read_stages, wire
 from potluck.peer.seat import Around
 from potluck.swarm.codecs import CODEC_NAMES
 from potluck.swarm.follower import Follower
 from potluck.swarm.layout import Layout
-from potluck.swarm.model import ModelSpec, build_module, transformers_config
+from potluck.swarm.model import ModelSpec, build_module
 from potluck.swarm.phases import Round
 from potluck.swarm.presence import new_session
-from potluck.swarm.server import Shapes
-from potluck.swarm.stage import hidden_size, join_stages, stage_layout, stage_names
+from potluck.swarm.stage import join_stages, stage_layout, stage_names
 from potluck.swarm.state import ReplicaState
 from potluck.swarm.trainer import PipelineTrainer
 from potluck.swarm.waits import WaitBoard
 
-DIRECTORY_SECONDS: Final = 30.0
+#: A server that was announced when generation began is believed in for so much longer.
+GENERATION_SECONDS: Final = 3600.0
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """`temperature` 0 takes the likeliest token each time."""
+
+    tokens: int
+    temperature: float
+    seed: int
 
 
 class Visitor:
@@ -50,7 +59,7 @@ class Visitor:
 
     def __init__(self, around: Around) -> None:
         self.manifest: Manifest = around.manifest
-        self._around = around
+        self.around = around
         self._bytes: dict[str, tuple[int, int]] = {}
 
     async def states(self) -> dict[str, ReplicaState]:
@@ -80,32 +89,24 @@ class Visitor:
             whole.load_state_dict(join_stages(spec, tensors), strict=False)
         return whole.eval(), round_
 
-    async def generate(
-        self, ids: list[int], tokens: int, temperature: float, seed: int, on_token: Callable[[int], None]
-    ) -> None:
+    async def generate(self, ids: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> None:
         """Continue a text: each token goes through the stages' servers, between the microbatches that they train."""
-        manifest, dice = self.manifest, torch.Generator().manual_seed(seed)
-        spec = manifest.model
-        vocabulary = int(transformers_config(spec).get_text_config().vocab_size)
-        length = manifest.data.sequence_length
-        shapes = Shapes(
-            manifest.pipeline.microbatch, length, hidden_size(spec), vocabulary, manifest.pipeline.activations
-        )
-        driver = PipelineTrainer(self._around.node.rpc, spec.stages, shapes, now=self._around.clock.now)
-        for wiring, row in zip(driver.wirings, await read_stages(self._around.directory, spec.stages), strict=True):
-            serving = (one for one in row if one.record.digest and one.record.role != "observer")
-            wiring.update({one.peer: one.expires_at + 3600.0 for one in serving}, self._around.clock.now())
-        for _ in range(tokens):
-            logits_V = (await driver.next_token(torch.tensor([ids[-length:]])))[0]
-            if temperature > 0:
-                token = int(torch.multinomial(torch.softmax(logits_V / temperature, 0), 1, generator=dice))
+        around, stages, dice = self.around, self.manifest.model.stages, torch.Generator().manual_seed(sampling.seed)
+        shapes = shapes_of(self.manifest)
+        driver = PipelineTrainer(around.node.rpc, stages, shapes, now=around.clock.now)
+        wire(driver, await read_stages(around.directory, stages), around.clock.now(), GENERATION_SECONDS)
+        for _ in range(sampling.tokens):
+            logits_V = (await driver.next_token(torch.tensor([ids[-shapes.length :]])))[0]
+            if sampling.temperature > 0:
+                chances_V = torch.softmax(logits_V / sampling.temperature, 0)
+                token = int(torch.multinomial(chances_V, 1, generator=dice))
             else:
                 token = int(logits_V.argmax())
             ids.append(token)
             on_token(token)
 
     async def _state(self, module: str, layout: Layout) -> ReplicaState:
-        around = replace(self._around, on_progress=partial(self._on_progress, module))
+        around = replace(self.around, on_progress=partial(self._on_progress, module))
         exchange = around.exchange()
         follower = Follower(layout, **around.following(module, exchange, around.emit))
         velocity = layout.zeros() if self.manifest.outer.momentum > 0 else None
@@ -119,7 +120,7 @@ class Visitor:
 
     def _on_progress(self, module: str, done: int, total: int) -> None:
         self._bytes[module] = done, total
-        self._around.on_progress(sum(d for d, _ in self._bytes.values()), sum(t for _, t in self._bytes.values()))
+        self.around.on_progress(sum(d for d, _ in self._bytes.values()), sum(t for _, t in self._bytes.values()))
 
 
 def _layout(spec: ModelSpec, module: str) -> Layout:
@@ -157,16 +158,7 @@ async def visit(
             measured = await clock.measure(node.rpc, await node.connected())
             if measured is not None:
                 clock.correct(measured)
-            rounds = manifest.rounds
-            try:
-                async with asyncio.timeout(DIRECTORY_SECONDS):
-                    directory = await node.join_dht(
-                        run_id,
-                        max_ahead_seconds=(rounds.retain + 3) * rounds.seconds + 60,
-                        wait_seconds=min(3.0, max(0.5, rounds.exchange_seconds / 4)),
-                    )
-            except TimeoutError:
-                raise NetworkError(f"the run's directory did not open within {DIRECTORY_SECONDS:.0f} s") from None
+            directory = await node.join_dht(run_id, manifest)
             yield Visitor(
                 Around(
                     run_id=run_id,

@@ -19,9 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from potluck import __version__
 from potluck.dht.care import DIAL_SECONDS
-from potluck.dht.directory import Directory
 from potluck.dht.invite import Invite, is_address
 from potluck.dht.manifest import Manifest, RunId, SignedManifest
 from potluck.dht.manifest import sign as sign_manifest
@@ -34,13 +35,13 @@ from potluck.peer.control import ControlServer
 from potluck.peer.events import EventLog, Twentieths
 from potluck.peer.hardware import choose_device
 from potluck.peer.home import Home, RunFolder
-from potluck.peer.node import Node
+from potluck.peer.node import DIRECTORY_SECONDS, Node
 from potluck.peer.pipeline import Pipeline, choose_stage
 from potluck.peer.seat import Around, Seat
 from potluck.peer.settings import PeerSettings
+from potluck.peer.validating import Bench, Whole
 from potluck.swarm.codecs import CODEC_NAMES
 from potluck.swarm.data import Corpus, load_corpus
-from potluck.swarm.model import transformers_config
 from potluck.swarm.phases import Round
 from potluck.swarm.presence import new_session
 from potluck.swarm.rounds import GossipReplica, RoundReport
@@ -51,7 +52,6 @@ from potluck.swarm.waits import WaitBoard
 
 #: What a step or a fetch under way gets to end by itself when the peer is stopped.
 STOP_SECONDS = 1.0
-DIRECTORY_SECONDS = 30.0
 #: What the state of a stage that we move to may take to come, while we go on where we are.
 MOVE_SECONDS = 1800.0
 
@@ -161,7 +161,7 @@ class Run:
         self._training: asyncio.Task[Any] | None = None
         self._stopping = self._leaving = False
         self.pipeline: Pipeline | None = None
-        self._directory: Directory | None = None
+        self.bench: Bench | None = None
         #: Of the seat, and of the one that it moves to or comes from.
         self._seats: dict[asyncio.Task[None], Seat] = {}
         self._moving: asyncio.Task[None] | None = None
@@ -202,14 +202,14 @@ class Run:
         with self._phase("clock", "the clocks of connected peers", 6, "this machine's clock is taken as it is"):
             await self._check_clock()
         module, parts = MODULE, None
-        if self.manifest.model.stages == 1:
+        if self.manifest.model.stages == 1 and not self.settings.validate:
             parts = await self._build_parts(module)
         with self._phase("directory", "the run's directory", DIRECTORY_SECONDS, "the peer gives up"):
-            try:
-                async with asyncio.timeout(DIRECTORY_SECONDS):
-                    around = await self._enter_directory()
-            except TimeoutError:
-                raise NetworkError(f"the run's directory did not open within {DIRECTORY_SECONDS:.0f} s") from None
+            around = await self._enter_directory()
+        if self.settings.validate:
+            self.bench = await self._make_bench(around)
+            self.phase = "validating"
+            return
         if self.settings.train_only:
             if parts is not None:
                 raise UserError("--train-only: this run's model is whole on every peer; leave the option out")
@@ -238,9 +238,19 @@ class Run:
         self.phase = "training"
 
     async def _make_pipeline(self, around: Around, corpus: Corpus) -> Pipeline:
-        vocabulary = int(transformers_config(self.manifest.model).get_text_config().vocab_size)
         on_move, bound = partial(self._on_move, around), self.settings.stage is not None
-        return await asyncio.to_thread(Pipeline, around, corpus, vocabulary, on_move, bound=bound)
+        return await asyncio.to_thread(Pipeline, around, corpus, on_move, bound=bound)
+
+    async def _make_bench(self, around: Around) -> Bench:
+        trusted = self.manifest.incentives.validators
+        if self.identity.peer_id not in trusted:
+            self.events.emit("incentives.validator.untrusted", validators=len(trusted))
+        corpus = await self._read_data()
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        with self._phase("building", "the whole model to be built", 300, "it goes on"):
+            whole = await asyncio.to_thread(Whole.build, self.manifest, self.settings.device)
+            return await Bench.open(around, whole, corpus, self.settings.archive_bytes)
 
     async def _read_data(self) -> Corpus:
         own = self.manifest.organizer == self.identity.peer_id
@@ -267,12 +277,7 @@ class Run:
         return seat
 
     async def _enter_directory(self) -> Around:
-        rounds = self.manifest.rounds
-        directory = await self.node.join_dht(
-            self.run_id,
-            max_ahead_seconds=(rounds.retain + 3) * rounds.seconds + 60,
-            wait_seconds=min(3.0, max(0.5, rounds.exchange_seconds / 4)),
-        )
+        directory = await self.node.join_dht(self.run_id, self.manifest)
         return Around(
             run_id=self.run_id,
             manifest=self.manifest,
@@ -336,7 +341,7 @@ class Run:
                 raise
 
     async def _train(self) -> None:
-        assert self.seat or self.pipeline
+        assert self.seat or self.pipeline or self.bench
         care = [
             asyncio.create_task(self.node.keep_connected()),
             asyncio.create_task(self.clock.keep_checked(self.node.rpc, self.node.connected, self.events.emit)),
@@ -344,6 +349,8 @@ class Run:
         ]
         if self.pipeline:
             care.append(asyncio.create_task(self.pipeline.run()))
+        if self.bench:
+            care.append(asyncio.create_task(self.bench.run()))
         for task in care:
             task.add_done_callback(self._wake)
         if self.seat:
@@ -518,6 +525,7 @@ class Run:
             "clock_offset_seconds": self.clock.offset,
             "module": self.seat.module if self.seat else None,
             "pipeline": self.pipeline.status() if self.pipeline else None,
+            "validates": self.bench.status() if self.bench else None,
             **await self._network_status(),
         }
 
@@ -547,8 +555,10 @@ class Run:
     async def _leave(self) -> dict[str, Any]:
         self._leaving = True
         self._woken.set()
+        if self.bench:
+            self.bench.finish()
         if self.replica is None:
-            return {"leaving_after_round": self._round if self.pipeline else None}
+            return {"leaving_after_round": self._round if self.pipeline or self.bench else None}
         for seat in self._seats.values():
             seat.replica.finish()
         self.replica.finish()
@@ -563,7 +573,8 @@ class Run:
     def _on_run_event(self, name: str, **fields: Any) -> None:
         """Of the run, not of a seat. Who has none counts the rounds in which it trained."""
         self.events.emit(name, **fields)
-        if name == "swarm.pipeline.trained" and self.seat is None and self._rounds_left is not None:
+        counted = name == "incentives.round.scored" or (name == "swarm.pipeline.trained" and self.seat is None)
+        if counted and self._rounds_left is not None:
             self._rounds_left -= 1
             if self._rounds_left == 0:
                 self._leaving = True

@@ -19,7 +19,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from potluck.dht.directory import DirectoryView
-from potluck.dht.records import Commit, Record, Replica, Signed, commits_path, replicas_path
+from potluck.dht.records import (
+    Commit,
+    Record,
+    Replica,
+    Signed,
+    Weights,
+    commits_path,
+    replicas_path,
+    weights_path,
+)
 from potluck.dht.storage import MAX_SUBKEYS
 from potluck.net.hosts.memory import HANDSHAKE_BYTES, MAX_CONNECTIONS
 
@@ -71,6 +80,9 @@ class ModelDirectory:
 
     async def commits(self, module: str, round: int, shard: int, *, timeout_seconds: float) -> DirectoryView[Commit]:
         return await self._read(commits_path(module, round, shard), timeout_seconds)
+
+    async def weights(self, module: str, round: int, *, timeout_seconds: float) -> DirectoryView[Weights]:
+        return await self._read(weights_path(module, round), timeout_seconds)
 
     async def replicas(self, module: str, shard: int = 0, *, timeout_seconds: float) -> DirectoryView[Replica]:
         return await self._read(replicas_path(module, shard), timeout_seconds)

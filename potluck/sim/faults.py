@@ -79,6 +79,7 @@ class Faults:
                 undo = peer.thaw
             case "lie":
                 peer.lie = fault.lie
+                self._world.report.liars.append(peer.number)
                 undo = lambda: setattr(peer, "lie", None)  # noqa: E731
             case "clock_skew":
                 error = fault.seconds if fault.peer is not None else dice.uniform(-fault.seconds, fault.seconds)

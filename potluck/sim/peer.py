@@ -18,6 +18,10 @@ from potluck.dht.directory import Directory
 from potluck.dht.node import start_dht, stop_dht
 from potluck.dht.records import Record
 from potluck.errors import ClockError, PotluckError, StateError
+from potluck.incentives.judge import Effort
+from potluck.incentives.ledger import Ledger
+from potluck.incentives.steering import Steering
+from potluck.incentives.validator import Terms, Validator
 from potluck.net.blobs import BlobService, BlobStore
 from potluck.net.clock import RunClock
 from potluck.net.host import PeerId
@@ -27,14 +31,15 @@ from potluck.net.rpc import Rpc, RpcLimits
 from potluck.sim.blobs import MemoryBlobStore
 from potluck.sim.dht_model import ModelDirectory
 from potluck.sim.invariants import WatchedWaits
-from potluck.sim.liars import Liar, LyingExchange
+from potluck.sim.liars import Liar, LyingExchange, LyingTrainer, lying_batches
 from potluck.sim.loop import Compute
 from potluck.sim.network import Line
 from potluck.sim.plan import Lie
 from potluck.sim.stand_in import MODULE, Pace
 from potluck.swarm.checkpoints import CheckpointStore
 from potluck.swarm.codecs import Codec, make_codec
-from potluck.swarm.exchange import Exchange, NetworkExchange
+from potluck.swarm.exchange import NetworkExchange
+from potluck.swarm.follower import Follower, Following
 from potluck.swarm.layout import Flat
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from potluck.sim.world import World
 
 QUOTA_BYTES = 64 * 2**20
+ARCHIVE_BYTES = 2**30
 #: A real lane looks after itself every few seconds; among thousands of peers that would be most of all events.
 LIMITS = RpcLimits(frame_timeout_seconds=120.0, stall_timeout_seconds=120.0, idle_timeout_seconds=90.0)
 
@@ -69,7 +75,9 @@ class SimPeer:
         self.sessions = 0
         self.born = world.loop.time()
         self.host: MemoryHost | None = None
-        self.replica: GossipReplica | None = None
+        self.replica: Follower | None = None
+        #: Whether it scores the others, and does not train.
+        self.validates = self.id in world.stake
         self.rpc: Rpc | None = None
         self.store: BlobStore | None = None
         self.blobs: BlobService | None = None
@@ -207,11 +215,22 @@ class SimPeer:
         session = hashlib.sha256(f"{self.id} {self.sessions}".encode()).digest()[:16]
         presence = Presence(directory, self.id, role="worker", name="", session=session, emit=self.emit)
         presence.started = world.utc()
-        replica = self._make_replica(exchange, clock, presence, session)
+        following = self._following(exchange, clock, presence, session)
         presence.first_round = rounds.clock.round_at(clock.now())
         saved = self._checkpoints.latest(world.layout, MODULE) if plan.checkpoints else None
         start = saved.state if saved else world.theta_0
-        training = asyncio.create_task(replica.run(start))
+        if self.validates:
+            validator = self._make_validator(stack, exchange, clock)
+            following["on_applied"] = validator.on_applied
+            replica: Follower = Follower(world.layout, **following)
+            training: asyncio.Task[Any] = asyncio.create_task(replica.follow(start))
+        else:
+            trainer = LyingTrainer(self, world.make_trainer(self))
+            replica = training_one = GossipReplica(
+                trainer=trainer, batches=self._batches, held_out=world.held_out, **following
+            )
+            training = asyncio.create_task(training_one.run(start))
+        self.replica = replica
         care = [
             asyncio.create_task(keep_connected(host, self, lambda: self.dht, self.emit, plan.seconds / 3)),
             asyncio.create_task(clock.keep_checked(rpc, connected_now, self.emit, samples=1)),
@@ -241,35 +260,29 @@ class SimPeer:
                 max_ahead_seconds=(plan.retain + 3) * plan.seconds + 60,
                 wait_timeout_seconds=min(3.0, max(0.5, plan.exchange_seconds / 4)),
                 clock=clock.now,
+                validators=world.stake.keys(),
             )
             stack.push_async_callback(stop_dht, node)
             world.watch_records(self.id, node.protocol.storage)
             directory = CountingDirectory(self, node, self.identity, world.run_id, clock=clock.now)
         return cast(Directory, directory)
 
-    def _make_replica(
-        self, exchange: NetworkExchange, clock: RunClock, presence: Presence, session: bytes
-    ) -> GossipReplica:
+    def _following(self, exchange: NetworkExchange, clock: RunClock, presence: Presence, session: bytes) -> Following:
         world, plan = self.world, self.world.plan
-        trainer = world.make_trainer(self)
         codec: Codec = make_codec(plan.codec, plan.codec_parameters)
 
         async def on_state(state: ReplicaState, residual: Flat | None) -> None:
             self._save(state, residual)
-            world.background(presence.announce(state, replica.shards, clock.now(), plan.seconds))
+            shards = self.replica.shards if self.replica else 1
+            world.background(presence.announce(state, shards, clock.now(), plan.seconds))
 
-        lying = Liar(self, codec)
-        served: Exchange = LyingExchange(self, exchange)
-        replica = self.replica = GossipReplica(
+        following = Following(
             peer=self.id,
             module=MODULE,
             rules=world.rules,
-            trainer=trainer,
-            codec=lying,
+            codec=Liar(self, codec),
             outer=OuterStep(1.0, plan.momentum),
-            exchange=served,
-            batches=self._batches,
-            held_out=world.held_out,
+            exchange=LyingExchange(self, exchange),
             now=clock.now,
             waits=WatchedWaits(clock.now, self.id, world.watch, self._excused),
             emit=self.emit,
@@ -277,10 +290,42 @@ class SimPeer:
             on_state=on_state,
             compute=Compute(self),
         )
-        return replica
+        if world.stake:
+            following["steer"] = Steering(exchange, MODULE, world.stake, world.rules.clock, plan.retain, self.emit)
+        return following
+
+    def _make_validator(self, stack: AsyncExitStack, exchange: NetworkExchange, clock: RunClock) -> Validator:
+        world, plan = self.world, self.world.plan
+        folder = world.root / str(self.number)
+        ledger = Ledger.open(folder / "ledger.sqlite", world.run_id, self.identity)
+        stack.callback(ledger.close)
+        assert self.store
+
+        async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:
+            return work(*arguments)
+
+        validator = Validator(
+            module=MODULE,
+            judge=world.make_judge(self.id),
+            ledger=ledger,
+            terms=Terms(world.stake, plan.emission, plan.validator_emission),
+            records=LyingExchange(self, exchange),
+            store=self.store,
+            archive=BlobStore(folder / "archive", ARCHIVE_BYTES, clock=clock.now),
+            clock=world.rules.clock,
+            retain=plan.retain,
+            now=clock.now,
+            emit=self.emit,
+            in_thread=at_once,
+            effort=Effort(windows=32, tests=8),
+        )
+        codec = make_codec(plan.codec, plan.codec_parameters)
+        validator.resume(lambda blob: codec.decode(blob, world.layout))
+        return validator
 
     def _batches(self, round_: Round) -> Iterator[torch.Tensor]:
-        return self.world.batches(self.id, round_)
+        assert self.replica and self.replica.state
+        return lying_batches(self, round_, self.replica.state.digest)
 
     def _save(self, state: ReplicaState, residual: Flat | None) -> None:
         if not self.world.plan.checkpoints:

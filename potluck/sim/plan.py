@@ -31,7 +31,24 @@ Kind = Literal[
     "join",
     "organizer_dies",
 ]
-Lie = Literal["garbage", "scale", "sign", "digest", "tokens"]
+Lie = Literal[
+    "garbage",  # bytes that do not decode
+    "scale",  # what it trained, a hundred times
+    "sign",  # against the loss
+    "digest",  # of a state that nobody has, with a long history
+    "tokens",  # many more than it trained
+    "random",  # noise of the right length: a free rider
+    "copy",  # another's contribution to the round before
+    "perturb",  # the same, with noise on it
+    "replay",  # its own first contribution, for ever
+    "stale",  # trained from old parameters, on old samples, with the others' digest
+    "poison",  # trained on wrong labels
+    "lazy",  # an eighth of the steps that it claims
+    "withhold",  # commits, and never serves
+    "copy_commit",  # commits to what another one committed to in the same round
+    "copy_weights",  # a validator that publishes what another one published
+    "collude",  # a validator that gives all its weight to two friends
+]
 
 
 class _Part(BaseModel):
@@ -123,6 +140,9 @@ class Plan(BaseModel):
         default=None, ge=1, description="no local steps change anything from this round on: only averaging does"
     )
     noise: float = Field(default=0.5, ge=0, description="of the quadratic's gradients, beside their length")
+    validators: int = Field(default=0, ge=0, description="the last so many of the first peers score the others")
+    emission: float = Field(default=100.0, ge=0, description="credit paid per round, with validators")
+    validator_emission: float = Field(default=10.0, ge=0, description="credit paid to validators per round")
     dht: Literal["real", "model"] = Field(default="real", description="model: the DHT's calibrated cost and latency")
     checkpoints: bool = Field(default=True, description="real disks: checkpoints and blobs are files, and they load")
     join_over_rounds: float = Field(default=0.5, ge=0, description="the first peers arrive over this time")
@@ -142,6 +162,8 @@ class Plan(BaseModel):
             make_codec(self.codec, self.codec_parameters)
         except (PotluckError, TypeError, ValueError) as error:
             raise ValueError(f"codec {self.codec}: {error}") from None
+        if self.validators >= self.peers:
+            raise ValueError(f"validators is {self.validators}, allowed less than peers ({self.peers})")
         most = self.peers + sum(fault.count or 0 for fault in self.fault if fault.kind == "join")
         for number, fault in enumerate(self.fault):
             if fault.round >= self.rounds:
@@ -229,6 +251,9 @@ def _told(location: tuple[int | str, ...], kind: str, message: str) -> str:
 def random_plan(seed: int) -> Plan:
     """A small swarm with random faults: what the nightly hunt for bugs runs."""
     dice = random.Random(f"plan {seed}")
+    # What came later has dice of its own: a seed that once found a bug replays it.
+    later = random.Random(f"scores {seed}")
+    scored = later.random() < 0.25
     peers = 5 + int(16 * dice.random() ** 4)  # most are small, so that many seeds can be tried
     rounds = dice.randint(5, 8)
     plan = Plan(
@@ -249,6 +274,8 @@ def random_plan(seed: int) -> Plan:
         weather=WeatherPart(loss=dice.choice([0, 0.02]), reset=dice.choice([0, 0.001])),
         lines=Lines(cone=dice.choice([0, 0.5]), symmetric=dice.choice([0, 0.2]), regions=dice.randint(1, 4)),
     )
+    if scored:
+        plan.validators, plan.peers = 1, plan.peers + 1
     for _ in range(dice.randint(0, 8)):
         kind: Kind = dice.choice(["crash", "slow", "freeze", "partition", "lie", "clock_skew", "disk_full", "join"])
         when: dict[str, Any] = {"round": dice.randint(0, rounds - 1), "at": dice.randrange(1000) / 1000}
@@ -256,7 +283,8 @@ def random_plan(seed: int) -> Plan:
         if kind == "partition":
             plan.add(kind, share=0.5, rounds=lasts, **when)
         elif kind == "lie":
-            plan.add(kind, count=1, lie=dice.choice(["garbage", "scale", "sign", "digest", "tokens"]), **when)
+            lie: Lie = dice.choice(["garbage", "scale", "sign", "digest", "tokens"])
+            plan.add(kind, count=1, lie=later.choice([lie, "copy", "withhold", "stale"]) if scored else lie, **when)
         else:
             plan.add(kind, count=dice.randint(1, max(1, peers // 3)), rounds=lasts, **when)
     if dice.random() < 0.25:

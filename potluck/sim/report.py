@@ -8,7 +8,7 @@ import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -36,6 +36,10 @@ class Report:
     join_rounds: list[float] = field(default_factory=list)
     heal_rounds: float | None = None
     violations: list[str] = field(default_factory=list)
+    #: What each validator found in each round: shares, refusals and what was paid (for the round before), by number.
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    #: Numbers of peers that lied.
+    liars: list[int] = field(default_factory=list)
     #: Most rounds that any peer which no fault struck did not apply, and did not contribute to.
     survivors_missed: int = 0
     survivors_sat_out: int = 0
@@ -90,10 +94,30 @@ def figures(report: Report) -> dict[str, Any]:
         "seconds": report.seconds,
         "cpu_seconds": report.cpu_seconds,
         "peak_memory_mb": report.peak_memory_mb,
+        "credit": credit(report),
         "interrupted": report.interrupted,
         "notes": report.notes,
         "replay": report.replay,
     }
+
+
+def amounts(report: Report, what: Literal["paid", "earned"], validator: int) -> dict[int, float]:
+    """All that a validator's ledger says each peer was paid, or each validator earned, by number."""
+    total: dict[int, float] = {}
+    for row in report.scores:
+        if row["validator"] == validator:
+            for peer, amount in row[what].items():
+                total[peer] = total.get(peer, 0.0) + amount
+    return total
+
+
+def credit(report: Report) -> dict[int, float]:
+    """What the first validator paid each peer, by number, as shares of all. Empty without validators."""
+    if not report.scores:
+        return {}
+    paid = amounts(report, "paid", report.scores[0]["validator"])
+    total = math.fsum(paid.values())
+    return {peer: round(amount / total, 4) for peer, amount in sorted(paid.items())} if total else {}
 
 
 def _median(values: list[float]) -> float | None:
@@ -166,11 +190,25 @@ def _plots(report: Report) -> str:
         axis.set(title=title, xlabel="round", ylabel=unit)
         for fault in report.plan["fault"]:
             axis.axvline(fault["round"] + fault["at"], color="red", alpha=0.3, linewidth=1)
-    joins, unused = axes.flat[len(_PLOTS) :]
+    joins, weights = axes.flat[len(_PLOTS) :]
     joins.hist(report.join_rounds or [0], bins=20)
     joins.set(title="from arrival to the first contribution", xlabel="rounds", ylabel="peers")
-    unused.set_axis_off()
+    _plot_weights(weights, report)
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     return out.getvalue().partition("<svg")[1] + out.getvalue().partition("<svg")[2]
+
+
+def _plot_weights(axis: Any, report: Report) -> None:
+    """What the first validator gave each peer, liars in red."""
+    rows = [row for row in report.scores if row["validator"] == report.scores[0]["validator"]]
+    if not rows:
+        axis.set_axis_off()
+        return
+    for peer in sorted({peer for row in rows for peer in row["shares"]}):
+        color = "red" if peer in report.liars else "steelblue"
+        axis.plot(
+            [row["round"] for row in rows], [row["shares"].get(peer, 0.0) for row in rows], color=color, alpha=0.6
+        )
+    axis.set(title="weights that a validator gives (liars in red)", xlabel="round", ylabel="share")

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from potluck.dht.manifest import DataPart, ModelPart, TrainingPart
+from potluck.incentives.evaluate import Evaluator, ModelEvaluator
+from potluck.incentives.judge import Promise
 from potluck.net.host import PeerId
 from potluck.sim.plan import Plan
-from potluck.swarm.data import Corpus, assigned_offsets, load_corpus
+from potluck.swarm.data import Corpus, assigned_offsets, data_seed, load_corpus
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult, LocalTrainer
 from potluck.swarm.model import build_module
@@ -31,6 +33,8 @@ MODULE = "stage.0"
 #: Of the way to the minimum that one step of the quadratic goes.
 _RATE = 0.02
 _TOKENS = 1000
+#: Tokens per sample of the real model.
+_LENGTH = 32
 
 
 class Pace:
@@ -96,6 +100,19 @@ class Quadratic:
         return float(0.5 * np.mean(np.square(self.theta - self.target), dtype=np.float64))
 
 
+class QuadraticEvaluator:
+    """The quadratic's loss and gradient, for validators. There are no data."""
+
+    def __init__(self, quadratic: Quadratic) -> None:
+        self.layout, self._target = quadratic.layout, quadratic.target
+
+    def loss(self, theta: Flat, tokens: torch.Tensor) -> float:
+        return float(0.5 * np.mean(np.square(theta - self._target), dtype=np.float64))
+
+    def gradient(self, theta: Flat, tokens: torch.Tensor) -> tuple[float, Flat]:
+        return self.loss(theta, tokens), (theta - self._target) / np.float32(theta.size)
+
+
 class PacedTrainer(LocalTrainer):
     """Real local training in virtual time."""
 
@@ -117,20 +134,24 @@ class Model:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self.held_out = torch.zeros(1, 2, dtype=torch.int64)
+        self.step_tokens = _TOKENS
         if plan.model == "quadratic":
             first = self._quadratic("theta_0", None)
             self.layout, self.theta_0 = first.layout, first.theta
+            nothing = np.zeros(4, dtype=np.uint8)
+            self.corpus = Corpus(nothing, nothing, sequence_length=1)
             return
         sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
         self._spec = ModelPart(family="llama", config=sizes | {"tie_word_embeddings": True}, seed=plan.seed % 2**31)
         self._training = TrainingPart(learning_rate=3e-3, batch_size=4, betas=(0.5, 0.95), precision="float32")
+        self.step_tokens = self._training.batch_size * _LENGTH
         torch.set_num_threads(1)
         module = build_module(self._spec)
         self.layout = Layout.of_module(module)
         self.theta_0 = self.layout.gather(module)
-        self._corpus = _corpus()
-        self.held_out = self._corpus.held_out_batch(8)
+        self.corpus = _corpus()
+        self.held_out = self.corpus.held_out_batch(8)
 
     def _quadratic(self, name: str, peer: SimPeer | None) -> Quadratic:
         pace = peer.pace if peer else Pace(1.0)
@@ -146,16 +167,28 @@ class Model:
         trainer.pace = peer.pace
         return trainer
 
-    def batches(self, peer: PeerId, round_: Round) -> Iterator[torch.Tensor]:
+    def batches(self, peer: PeerId, round_: Round, state: str) -> Iterator[torch.Tensor]:
         if self._plan.model == "quadratic":
             return
         size, first = self._training.batch_size, 0
         while True:
-            offsets = assigned_offsets(b"sim", MODULE, peer, round_, first, size, self._corpus)
-            yield self._corpus.batch(offsets)
+            offsets = assigned_offsets(data_seed(b"sim", state), MODULE, peer, round_, first, size, self.corpus)
+            yield self.corpus.batch(offsets)
             first += size
+
+    def evaluator(self) -> Evaluator:
+        if self._plan.model == "quadratic":
+            return QuadraticEvaluator(self._quadratic("evaluator", None))
+        return ModelEvaluator(build_module(self._spec), torch.device("cpu"))
+
+    def assigned(self, peer: PeerId, round_: Round, promise: Promise) -> np.ndarray | None:
+        """What the run assigned to a peer, as far as it says that it trained (`incentives.judge.Assignment`)."""
+        if self._plan.model == "quadratic":
+            return None
+        count = min(promise.steps, self._plan.steps) * self._training.batch_size
+        return assigned_offsets(data_seed(b"sim", promise.digest), MODULE, peer, round_, 0, count, self.corpus)
 
 
 @lru_cache(maxsize=1)
 def _corpus() -> Corpus:
-    return load_corpus(DataPart(sequence_length=32))
+    return load_corpus(DataPart(sequence_length=_LENGTH))

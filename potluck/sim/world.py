@@ -7,6 +7,7 @@ process on any machine; with the `llama` stand-in only where PyTorch gives the s
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import hashlib
 import logging
@@ -36,6 +37,7 @@ from potluck.dht.node import quieten_hivemind
 from potluck.dht.records import RejectedRecord
 from potluck.dht.storage import MAX_BYTES, MAX_KEYS, RecordStorage
 from potluck.dht.validator import RecordValidator
+from potluck.incentives.judge import Judge
 from potluck.net.host import PeerId
 from potluck.net.hosts.memory import Lan
 from potluck.sim.dht_model import Shelf
@@ -44,7 +46,7 @@ from potluck.sim.hivemind import HivemindInVirtualTime
 from potluck.sim.invariants import Complaints, Watch
 from potluck.sim.loop import VirtualLoop, run
 from potluck.sim.network import Line, Nat, Network, Weather
-from potluck.sim.peer import QUOTA_BYTES, SimPeer
+from potluck.sim.peer import QUOTA_BYTES, SimPeer, identity_of
 from potluck.sim.plan import Fault, Plan
 from potluck.sim.report import Report
 from potluck.sim.stand_in import MODULE, Model
@@ -59,6 +61,9 @@ EPOCH = 1_700_000_000.0
 INVITED = 3
 #: Rounds between two searches for objects in cycles.
 COLLECT_ROUNDS = 5
+#: Peers from which on the process is large.
+LARGE = 1000
+_HUGE = 2**21
 _ROOT = "potluck-sim"
 #: Replicas among which drift is measured.
 DRIFT_SAMPLE = 64
@@ -75,11 +80,13 @@ class World:
         weather = Weather(**plan.weather.model_dump())
         self.network = Network(loop, plan.seed, weather)
         self.lan = Lan(self.network)
+        self._model = Model(plan)
         self.start_seconds = plan.join_over_rounds * plan.seconds
         self.genesis = EPOCH + math.ceil(self.start_seconds) + 5.0
         self.rules = RoundRules(
             clock=RoundClock(self.genesis, plan.seconds, plan.exchange_seconds),
             steps=plan.steps,
+            step_tokens=self._model.step_tokens,
             group_size=plan.group_size,
             retain=plan.retain,
             fragments=plan.fragments,
@@ -109,10 +116,11 @@ class World:
         #: What each DHT operation took: see `SimPeer.measured`.
         self.operations: list[tuple[str, int, int, int, float]] = []
         self.living = 0
-        self._model = Model(plan)
         self.layout = self._model.layout
         self.held_out = self._model.held_out
         velocity = self.layout.zeros() if plan.momentum else None
+        #: Trust in each validator.
+        self.stake = {identity_of(plan.seed, n).peer_id: 1.0 for n in range(plan.peers - plan.validators, plan.peers)}
         self.theta_0 = ReplicaState(MODULE, self.layout, Round(0), self._model.theta_0, velocity)
 
     def utc(self) -> float:
@@ -123,8 +131,14 @@ class World:
     def make_trainer(self, peer: SimPeer) -> Trainer:
         return self._model.trainer(peer)
 
-    def batches(self, peer: PeerId, round_: Round) -> Iterator[torch.Tensor]:
-        return self._model.batches(peer, round_)
+    def batches(self, peer: PeerId, round_: Round, state: str) -> Iterator[torch.Tensor]:
+        return self._model.batches(peer, round_, state)
+
+    def make_judge(self, me: PeerId) -> Judge:
+        testable = self.plan.model != "quadratic"
+        return Judge(
+            self.run_id, me, self._model.evaluator(), self._model.corpus, self._model.assigned, testable=testable
+        )
 
     def background(self, work: Coroutine[Any, Any, Any]) -> None:
         task = self.loop.create_task(work)
@@ -152,10 +166,22 @@ class World:
                     self._contributed[peer.id] = self.loop.time()
                     if peer.born > self.start_seconds:
                         self.report.join_rounds.append((self.loop.time() - peer.born) / self.plan.seconds)
+            case "incentives.round.scored":
+                self._scored(peer, fields)
             case "swarm.round.skipped":
                 self._missed[fields["reason"]] += 1
             case "swarm.round.missed":
                 self._missed["out of sync" if fields["out_of_sync"] else "away"] += max(1, fields["rounds"])
+
+    def _scored(self, validator: SimPeer, fields: dict[str, Any]) -> None:
+        numbers = {peer.id: peer.number for peer in self.peers}
+        by_number = {
+            what: {numbers[p]: v for p, v in fields[what].items()}
+            for what in ("shares", "verdicts", "refused", "paid", "earned")
+        }
+        self.report.scores.append(
+            {"round": fields["round"], "validator": validator.number, "error": fields["error"], **by_number}
+        )
 
     # ---- the course of events -------------------------------------------------------------------------------
 
@@ -235,7 +261,7 @@ class World:
 
     def _measure(self, round_: int) -> None:
         applied = self._applied.pop(round_, [])
-        living = [peer for peer in self.peers if peer.alive]
+        living = [peer for peer in self.peers if peer.alive and not peer.validates]
         self.living = len(living)
         sent = {peer.id: self.network.traffic(peer.id).sent for peer in self.peers}
         spent = [sent[p.id] - self._sent_before.get(p.id, 0) for p in living]
@@ -264,6 +290,8 @@ class World:
         self.report.rounds.append(row)
         if self._on_round:
             self._on_round(row)
+        if len(self.peers) >= LARGE:
+            _use_huge_pages()
         if not gc.isenabled() and round_ % COLLECT_ROUNDS == COLLECT_ROUNDS - 1:
             gc.collect()
 
@@ -334,7 +362,8 @@ class World:
         return [
             peer
             for peer in self.peers
-            if not peer.struck and not peer.left and (peer.applied or peer.born < end - 3 * self.plan.seconds)
+            if not (peer.struck or peer.left or peer.validates)
+            and (peer.applied or peer.born < end - 3 * self.plan.seconds)
         ]
 
     def _first_round(self, peer: SimPeer) -> int:
@@ -431,6 +460,22 @@ def simulate(plan: Plan, on_round: OnRound | None = None, strict: bool = False) 
         gc.set_threshold(*thresholds)
         gc.enable()
         gc.unfreeze()
+
+
+def _use_huge_pages() -> None:
+    """Of 2 MB for what is allocated by now, where Linux has them: among gigabytes of small objects most accesses miss
+    the processor's table of pages. Rounds of 1,500 peers take 15 % less time."""
+    try:
+        advise, lines = ctypes.CDLL(None).madvise, Path("/proc/self/maps").read_text().splitlines()
+    except (OSError, AttributeError):
+        return
+    for line in lines:
+        where, rights, _, _, _, *name = line.split()
+        start, end = (int(number, 16) for number in where.split("-"))
+        start, end = -(-start // _HUGE) * _HUGE, end // _HUGE * _HUGE
+        if rights == "rw-p" and name in ([], ["[heap]"]) and start < end:
+            for advice in (14, 25):  # MADV_HUGEPAGE: what comes; MADV_COLLAPSE (Linux 6.1): what is there
+                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 def _new_root() -> Path:

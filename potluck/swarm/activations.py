@@ -47,9 +47,7 @@ def encode(x: Tensor, codec: ActivationCodec) -> tuple[list[int], bytes | memory
 
 def decode(shape: Sequence[int], body: Buffer, codec: ActivationCodec) -> Tensor:
     """float32 tensor of `shape`, which the caller has checked; it may share memory with `body`. Raises CodecError."""
-    size = encoded_bytes(shape, codec)
-    if len(memoryview(body)) != size:
-        raise CodecError(f"{len(memoryview(body))} bytes for activations of shape {tuple(shape)}, not {size}")
+    _check_size(shape, body, codec)
     values = math.prod(shape)
     if codec == "none":
         x = torch.frombuffer(body, dtype=torch.float32)
@@ -66,13 +64,17 @@ def decode(shape: Sequence[int], body: Buffer, codec: ActivationCodec) -> Tensor
 
 def check(shape: Sequence[int], body: Buffer, codec: ActivationCodec) -> None:
     """Whether `decode` would take it, without decoding all of it. Raises CodecError."""
-    size = encoded_bytes(shape, codec)
-    if len(memoryview(body)) != size:
-        raise CodecError(f"{len(memoryview(body))} bytes for activations of shape {tuple(shape)}, not {size}")
+    _check_size(shape, body, codec)
     count = math.prod(shape) if codec == "none" else -(-math.prod(shape) // BLOCK)
     largest = MAX_MAGNITUDE if codec == "none" else MAX_MAGNITUDE / 128
     if not bool((np.abs(np.frombuffer(body, dtype=np.float32, count=count)) <= largest).all()):
         raise CodecError("activations are not finite, or too large")
+
+
+def _check_size(shape: Sequence[int], body: Buffer, codec: ActivationCodec) -> None:
+    size = encoded_bytes(shape, codec)
+    if len(memoryview(body)) != size:
+        raise CodecError(f"{len(memoryview(body))} bytes for activations of shape {tuple(shape)}, not {size}")
 
 
 def encode_tokens(tokens: Tensor) -> bytes:

@@ -3,7 +3,8 @@
 The same set of contributions gives the same bits on every peer: contributions are taken in peer-id order, and only
 elementwise float32 operations and the exact reductions of `exact.py` are used.
 Clipping: each tensor of each contribution is scaled by min(1, median norm / norm), with the lower median of the group
-(Gauntlet / SparseLoCo; `rounds.md` step 5).
+(Gauntlet / SparseLoCo; `rounds.md` step 5). Where validators weigh the members it is the median by those weights: a
+crowd of newcomers has little say about the others' lengths. Tokens alone give nobody a larger vote.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -30,6 +32,10 @@ class Dense:
 
     values: Flat
 
+    @cached_property
+    def length(self) -> float:
+        return _length(self.values)
+
 
 @dataclass(frozen=True)
 class Sparse:
@@ -38,8 +44,17 @@ class Sparse:
     indices: np.ndarray
     values: Flat
 
+    @cached_property
+    def length(self) -> float:
+        return _length(self.values)
+
 
 Contribution = Dense | Sparse
+
+
+def _length(values: Flat) -> float:
+    """Euclidean, for judging: need not be the same bits everywhere, as `norm` is."""
+    return float(np.linalg.norm(values.astype(np.float64)))
 
 
 def token_weights(tokens: Mapping[PeerId, int], ledger: Mapping[PeerId, float] | None = None) -> dict[PeerId, float]:
@@ -65,14 +80,18 @@ def aggregate(
     layout: Layout,
     *,
     clip: bool = True,
+    steered: bool = False,
 ) -> Flat:
-    """The weighted mean of the contributions, per-tensor norm-clipped, shape (layout.size,).
+    """The weighted mean of the contributions, per-tensor norm-clipped, shape (layout.size,). `steered`: weights are
+    validators'.
 
     The mean divides by all contributions' weights, not by how many kept a coordinate: a zero is a statement too.
     """
     update = layout.zeros()
     order = sorted(peer for peer in contributions if weights.get(peer, 0.0) > 0.0)
-    for peer, factors in zip(order, _clip_factors([contributions[p] for p in order], layout, clip), strict=True):
+    medians = median_norms(contributions, weights, layout, steered) if clip else None
+    for peer in order:
+        factors = _factors(contributions[peer], medians, layout)
         scale = np.float32(weights[peer])
         contribution = contributions[peer]
         for slot, values, where in _by_tensor(contribution, layout):
@@ -85,14 +104,46 @@ def aggregate(
     return update
 
 
-def _clip_factors(contributions: Sequence[Contribution], layout: Layout, clip: bool) -> list[list[np.float32]]:
-    """Per contribution, per tensor: min(1, median norm / norm)."""
+def clipped(contribution: Contribution, medians: Sequence[float] | None, layout: Layout) -> Contribution:
+    """The contribution as `aggregate` takes it in, less its weight. `medians`: of `median_norms`."""
+    factors = np.asarray(_factors(contribution, medians, layout), dtype=np.float32)
+    sizes = [values.size for _, values, _ in _by_tensor(contribution, layout)]
+    values = contribution.values * np.repeat(factors, sizes)
+    return Sparse(contribution.indices, values) if isinstance(contribution, Sparse) else Dense(values)
+
+
+def median_norms(
+    contributions: Mapping[PeerId, Contribution], weights: Mapping[PeerId, float], layout: Layout, steered: bool
+) -> list[float] | None:
+    """Per tensor, the lower median of the norms of contributions with weight; None of fewer than two."""
+    order = sorted(peer for peer in contributions if weights.get(peer, 0.0) > 0.0)
+    if len(order) < 2:
+        return None
+    norms = [_norms(contributions[peer], layout) for peer in order]
+    votes = [weights[peer] if steered else 1.0 for peer in order]
+    return [weighted_median(column, votes) for column in zip(*norms, strict=True)]
+
+
+def weighted_median(values: Sequence[float], weights: Sequence[float]) -> float:
+    """The lowest value such that those up to it have half of the weight; of equal weights the lower median."""
+    half, reached = 0.5 * math.fsum(weights), 0.0
+    for value, weight in sorted(zip(values, weights, strict=True)):
+        reached += weight
+        if reached >= half * (1 - 1e-12):  # equal weights need not add up to exactly a half
+            return value
+    raise ValueError("no values")
+
+
+def _factors(contribution: Contribution, medians: Sequence[float] | None, layout: Layout) -> list[np.float32]:
     one = np.float32(1.0)
-    if not clip or len(contributions) < 2:
-        return [[one] * len(layout.slots) for _ in contributions]
-    norms = [[norm(values) for _, values, _ in _by_tensor(c, layout)] for c in contributions]
-    medians = [statistics.median_low(column) for column in zip(*norms, strict=True)]
-    return [[np.float32(m / n) if n > m else one for n, m in zip(row, medians, strict=True)] for row in norms]
+    if medians is None:
+        return [one] * len(layout.slots)
+    norms = _norms(contribution, layout)
+    return [np.float32(m / n) if n > m else one for n, m in zip(norms, medians, strict=True)]
+
+
+def _norms(contribution: Contribution, layout: Layout) -> list[float]:
+    return [norm(values) for _, values, _ in _by_tensor(contribution, layout)]
 
 
 def _by_tensor(contribution: Contribution, layout: Layout) -> list[tuple[int, Flat, slice | np.ndarray]]:

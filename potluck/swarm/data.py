@@ -75,6 +75,12 @@ def _windows(tokens: np.ndarray, offsets: np.ndarray, length: int) -> torch.Tens
     return torch.from_numpy(tokens[rows].astype(np.int64))
 
 
+def data_seed(run_seed: bytes, state: str) -> bytes:
+    """What a round's assignment begins with: it follows from the state (hex digest) that the round begins with, so
+    nobody knows it before, and who has not got that state does not know it at all."""
+    return run_seed + bytes.fromhex(state)
+
+
 def assigned_offsets(
     run_seed: bytes, module: str, peer: PeerId, round_: int, first: int, count: int, corpus: Corpus
 ) -> np.ndarray:

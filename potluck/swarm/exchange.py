@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from potluck.dht.directory import Directory
-from potluck.dht.records import Commit, Replica, Signed
+from potluck.dht.records import Commit, Replica, Signed, Weights
 from potluck.net.blobs import BlobId, BlobRef, BlobStore
 from potluck.net.fetch import FetchReport, fetch
 from potluck.net.host import PeerId
@@ -96,6 +96,14 @@ class NetworkExchange:
     async def commits(self, module: str, round_: Round, shard: int, timeout_seconds: float) -> list[Signed[Commit]]:
         view = await self._directory.commits(module, round_, shard, timeout_seconds=timeout_seconds)
         return list(view.records)
+
+    async def weights(self, module: str, round_: Round, timeout_seconds: float) -> tuple[list[Signed[Weights]], bool]:
+        """Validators' weights for a round, and whether the search for them was complete."""
+        view = await self._directory.weights(module, round_, timeout_seconds=timeout_seconds)
+        return list(view.records), view.complete
+
+    async def publish_weights(self, weights: Weights, expires_at: float, timeout_seconds: float) -> bool:
+        return await self._directory.publish(weights, expires_at, timeout_seconds)
 
     async def replicas(self, module: str, timeout_seconds: float) -> list[Signed[Replica]]:
         view = await self._directory.replicas(module, timeout_seconds=timeout_seconds)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict, TypeVar
+from typing import Any, NotRequired, Protocol, TypedDict, TypeVar
 
 import numpy as np
 
@@ -45,10 +45,11 @@ REPLAY_SHARE = 0.4
 
 @dataclass(frozen=True)
 class RoundRules:
-    """What the manifest says about rounds."""
+    """What the manifest says about rounds. `step_tokens`: of a local step; 0 where replicas train what others send."""
 
     clock: RoundClock
     steps: int
+    step_tokens: int
     group_size: int
     retain: int
     fragments: int
@@ -56,9 +57,33 @@ class RoundRules:
     clip: bool
 
 
+class Steer(Protocol):
+    """Weights of a round's members, as plain data: who gives them knows why."""
+
+    async def read(self, round_: Round, timeout_seconds: float) -> None: ...
+    def weights(self, round_: Round, tokens: Mapping[PeerId, int]) -> dict[PeerId, float] | None:
+        """They add up to 1; the same for all who read the same. None where tokens alone count."""
+        ...
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A round that was just applied: the state that it began with, what was pulled, and the state after it. `steered`:
+    whether the weights are validators'; `shards`: groups that the module's replicas met in."""
+
+    round: Round
+    before: ReplicaState
+    view: View
+    weights: Mapping[PeerId, float]
+    steered: bool
+    after: ReplicaState
+    shards: int
+
+
 class Following(TypedDict):
     """What a follower is made of. `now` gives UTC seconds. Blocking work runs in one thread of its own, or in
-    `compute`, so that the event loop stays free. `on_state` hears each state, and the residual that goes with it."""
+    `compute`, so that the event loop stays free. `on_state` hears each state, and the residual that goes with it;
+    `on_applied` hears each round, and is waited for."""
 
     peer: PeerId
     module: str
@@ -71,6 +96,8 @@ class Following(TypedDict):
     emit: Emit
     session: bytes
     on_state: NotRequired[Callable[[ReplicaState, Flat | None], Awaitable[None]]]
+    on_applied: NotRequired[Callable[[Applied], Awaitable[None]]]
+    steer: NotRequired[Steer]
     compute: NotRequired[Executor]
 
 
@@ -92,6 +119,8 @@ class Follower:
         emit: Emit,
         session: bytes,
         on_state: Callable[[ReplicaState, Flat | None], Awaitable[None]] | None = None,
+        on_applied: Callable[[Applied], Awaitable[None]] | None = None,
+        steer: Steer | None = None,
         compute: Executor | None = None,
     ) -> None:
         self.peer, self.module, self.rules = peer, module, rules
@@ -101,9 +130,10 @@ class Follower:
         self.shards, self.estimate, self.counted = 1, 1.0, 1.0
         self.state: ReplicaState | None = None
         self._exchange, self._now, self._waits, self._emit, self._session = exchange, now, waits, emit, session
-        self._on_state = on_state
+        self._on_state, self._on_applied, self._steer = on_state, on_applied, steer
         self._stop, self._finish = asyncio.Event(), asyncio.Event()
         self._thread = compute or ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._own_thread = compute is None
         self._out_of_sync = False
         #: Lengths of the last outer steps (root mean square): how far apart replicas may wander between two averages.
         self._steps: deque[float] = deque(maxlen=rules.fragments)
@@ -115,9 +145,7 @@ class Follower:
             layout=self.layout,
             codec=codec,
             exchange=exchange,
-            clock=rules.clock,
-            group_size=rules.group_size,
-            fragments=rules.fragments,
+            rules=rules,
             now=now,
             in_thread=self._in_thread,
         )
@@ -147,8 +175,7 @@ class Follower:
                 end = self.rules.clock.window(current).end
                 await self._sleep_until(end, f"the end of round {current}", "its contributions are applied")
         finally:
-            self._stop.set()
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._close()
 
     async def peek(self, placeholder: ReplicaState) -> ReplicaState | None:
         """The group's state now; None if nobody gives one."""
@@ -156,7 +183,11 @@ class Follower:
         try:
             return self._state if await self._load_group("looked at") else None
         finally:
-            self._stop.set()
+            self._close()
+
+    def _close(self) -> None:
+        self._stop.set()
+        if self._own_thread:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     # ---- pull, aggregate, outer step, agree ------------------------------------------------------------------------
@@ -166,7 +197,12 @@ class Follower:
         # Our own node also holds commits of ours that nobody else does: those count for nobody.
         unseen = None if round_ in self._published else self._session
         drift = self.shards > 1
-        return await self._puller.pull(round_, shard, pull_by, view, drift=drift, session=unseen, late=late)
+        pulling = self._puller.pull(round_, shard, pull_by, view, drift=drift, session=unseen, late=late)
+        if self._steer is None:
+            return await pulling
+        left = max(0.1, pull_by - self._now())
+        new, _ = await asyncio.gather(pulling, self._steer.read(round_, left))
+        return new
 
     async def _apply(self, round_: Round, view: View, deadline: float) -> Agreement | None:
         """Turn what was pulled into theta of the next round.
@@ -181,13 +217,16 @@ class Follower:
             if adopted:
                 self._drop_residual("the group's state was loaded")
                 own = adopted
-        present = [p for p in view.contributions if p in view.commits]
-        weights = token_weights({p: view.commits[p].tokens for p in present})
+        present, shards = [p for p in view.contributions if p in view.commits], self.shards
+        tokens = {p: view.commits[p].tokens for p in present}
+        steered = self._steer.weights(round_, tokens) if self._steer and tokens else None
+        weights = steered or token_weights(tokens)
         self._update_estimate(view)
 
         def step() -> tuple[ReplicaState, float, float]:
             base, distance = self._blend_fragments(own, view, round_)
-            update = aggregate({p: view.contributions[p] for p in present}, weights, self.layout, clip=self.rules.clip)
+            contributions = {p: view.contributions[p] for p in present}
+            update = aggregate(contributions, weights, self.layout, clip=self.rules.clip, steered=bool(steered))
             theta, velocity = self.outer.apply(base, own.velocity, update, round_)
             after = ReplicaState(
                 self.module, self.layout, Round(round_ + 1), theta, velocity, own.history + len(present)
@@ -202,6 +241,8 @@ class Follower:
             await self._become(after)
         else:
             await self._become(own.at_round(Round(round_ + 1)))
+        if self._on_applied:
+            await self._on_applied(Applied(round_, own, view, weights, bool(steered), self._state, shards))
         return agreed
 
     def _blend_fragments(self, state: ReplicaState, view: View, round_: Round) -> tuple[Flat, float]:

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from potluck.dht.records import Commit, Signed
 from potluck.errors import PotluckError
@@ -53,6 +53,21 @@ def admitted(peers: Collection[PeerId], round_: Round, most: int) -> set[PeerId]
     return set(sorted(peers, key=rank)[:most])
 
 
+class Rules(Protocol):
+    """What this file reads of `RoundRules`."""
+
+    @property
+    def clock(self) -> RoundClock: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def step_tokens(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def fragments(self) -> int: ...
+
+
 class Puller:
     """Reads groups for one replica. `in_thread` runs blocking work off the event loop."""
 
@@ -64,15 +79,13 @@ class Puller:
         layout: Layout,
         codec: Codec,
         exchange: Exchange,
-        clock: RoundClock,
-        group_size: int,
-        fragments: int,
+        rules: Rules,
         now: Callable[[], float],
         in_thread: Callable[..., Awaitable[Any]],
     ) -> None:
         self._peer, self._module, self._layout, self._codec = peer, module, layout, codec
-        self._exchange, self._clock, self._now, self._in_thread = exchange, clock, now, in_thread
-        self._most, self._fragments = MAX_OF_GROUP_SIZE * group_size, fragments
+        self._exchange, self._rules, self._now, self._in_thread = exchange, rules, now, in_thread
+        self._most, self._fragments = MAX_OF_GROUP_SIZE * rules.group_size, rules.fragments
 
     async def pull(
         self,
@@ -110,8 +123,14 @@ class Puller:
         return bool(new)
 
     def counts(self, signed: Signed[Commit], round_: Round) -> bool:
-        """Commits stamped after the deadline count for nobody, nor do those that trained nothing."""
-        return signed.record.committed_at <= self._clock.window(round_).commit_by and signed.record.tokens > 0
+        """Commits stamped after the deadline count for nobody, nor do those that trained nothing, or claim more steps
+        than a round has, or other tokens than those steps have."""
+        record, rules = signed.record, self._rules
+        if record.committed_at > rules.clock.window(round_).commit_by or record.tokens <= 0:
+            return False
+        return rules.step_tokens == 0 or (
+            0 < record.steps <= rules.steps and record.tokens == record.steps * rules.step_tokens
+        )
 
     async def _pull_one(
         self,

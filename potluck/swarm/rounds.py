@@ -26,7 +26,7 @@ from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult
 from potluck.swarm.phases import Round, Window
 from potluck.swarm.pull import View
-from potluck.swarm.state import ReplicaState
+from potluck.swarm.state import ReplicaState, witness
 
 
 class Trainer(Protocol):
@@ -95,6 +95,7 @@ class GossipReplica(Follower):
         self.residual = self.layout.zeros() if self.codec.has_residual else None
         self.last: RoundReport | None = None
         self.rounds_alone = 0
+        self._first = True
         self._batches, self._held_out = batches, held_out
 
     # ---- the life of a replica ------------------------------------------------------------------------------
@@ -120,8 +121,7 @@ class GossipReplica(Follower):
             await self._linger()
             return self._state
         finally:
-            self._stop.set()
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._close()
 
     async def _linger(self) -> None:
         """Stay until the last round's pull deadline: a contribution that nobody could fetch would not count."""
@@ -205,6 +205,9 @@ class GossipReplica(Follower):
             reason = "too_late" if mine.result.steps else "nothing"
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason=reason)
             return
+        if await self._committed_before(window):
+            self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="committed_before")
+            return
         encoded = await self._in_thread(self._encode)
         if encoded is None or not math.isfinite(mine.result.loss_before + mine.result.loss_after):
             self._drop_residual("training diverged")
@@ -230,6 +233,7 @@ class GossipReplica(Follower):
             loss_before=mine.result.loss_before,
             loss_after=mine.result.loss_after,
             digest=self._state.digest,
+            witness=await self._in_thread(witness, self._state.theta, self._state.digest, self.peer),
             history=self._state.history,
             replicas_estimate=self.counted,
             fragment=fragment.id if fragment else None,
@@ -248,6 +252,27 @@ class GossipReplica(Follower):
         else:
             self._keep_unsent(contribution)
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="not_stored")
+
+    async def _committed_before(self, window: Window) -> bool:
+        """Whether this peer died in this very round, after its commit, and came back within it.
+
+        Some would count that commit and some a second one: the round is sat out. Asked once, in the first round. Before
+        it died it may have counted half as many shards as now, or twice as many (seed 1832).
+        """
+        first, self._first = self._first, False
+        left = window.commit_by - self._now()
+        if not first or left <= 0:
+            return False
+        counts = (max(1, self.shards // 2), self.shards, 2 * self.shards)
+        shards = sorted({shard_of(self.peer, window.round, count) for count in counts})
+        for shard in shards:
+            try:
+                signed = await self._exchange.commits(self.module, window.round, shard, left / 2 / len(shards))
+            except NetworkError:
+                continue
+            if any(one.peer == self.peer and one.record.session != self._session for one in signed):
+                return True
+        return False
 
     async def _publish(self, commit: Commit, window: Window, timeout_seconds: float) -> bool:
         try:

@@ -599,8 +599,7 @@ class StageTrainer:
         except (PotluckError, RuntimeError):  # out of memory, or not finite with the parameters of today
             self.stats.voided += len(sealed.counted)
             self._sealed = None
-            self._kept.clear()
-            self._most = 1
+            self._make_room(half_done=False)
 
     def _seal(self) -> None:
         with self.queue.changed:

@@ -17,10 +17,13 @@ import numpy as np
 
 from potluck.errors import StateError
 from potluck.net.blobs import BlobId, BlobRef, ChunkList
+from potluck.net.host import PeerId
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.phases import Round
 
 MAGIC = b"potluck.state.1\0"
+#: Values that a witness is made of, all over the parameters: who misses a part of them is found out.
+WITNESSES = 4096
 _HEADER = struct.Struct("<16s16sQQQQ")
 
 
@@ -68,6 +71,16 @@ class ReplicaState:
     def at_round(self, round_: Round) -> ReplicaState:
         """The same parameters, carried to a later round in which nothing was applied."""
         return replace(self, round=round_)
+
+
+def witness(theta: Flat, digest: str, peer: PeerId) -> str:
+    """What only who holds `theta` can say for `peer`: a hash of values at places that follow from both names.
+
+    A digest can be copied from another's commit; this cannot, and holds for nobody else.
+    """
+    name = hashlib.sha256(f"potluck.witness.1 {digest} {peer}".encode()).digest()
+    places = np.random.Philox(key=np.frombuffer(name[:16], dtype="<u8")).random_raw(WITNESSES) % np.uint64(theta.size)
+    return hashlib.sha256(name + theta[places.astype(np.int64)].astype("<f4").tobytes()).hexdigest()
 
 
 def state_bytes(layout: Layout, has_velocity: bool) -> int:

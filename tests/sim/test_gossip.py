@@ -34,6 +34,7 @@ LAYOUT = Layout.of([("bias", (7,)), ("weight", (40, 16))])
 RULES = RoundRules(
     clock=RoundClock(genesis=0.0, seconds=10.0, exchange_seconds=2.0),
     steps=5,
+    step_tokens=0,
     group_size=16,
     retain=6,
     fragments=4,

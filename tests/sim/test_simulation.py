@@ -266,3 +266,9 @@ def test_random_swarms_with_random_faults_violate_nothing(first: int) -> None:
     for seed in range(first, min(first + BATCH, SEEDS)):
         report = simulate(random_plan(seed))
         assert not report.violations, f"replay: potluck simulate seed:{seed}\n" + "\n".join(report.violations[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [277, 284, 1362, 1832])
+def test_seeds_that_once_found_a_bug(seed: int) -> None:
+    assert not simulate(random_plan(seed)).violations

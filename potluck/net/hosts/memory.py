@@ -292,15 +292,14 @@ class MemoryHost:
             await asyncio.sleep(DIAL_SECONDS)
             raise NetworkError(f"{target}: no answer in {DIAL_SECONDS:g} s")
         channel = Channel()
-        for _ in range(2):
-            for source, other in ((self.peer, target), (target, self.peer)):
-                arrived: asyncio.Future[None] = self._loop.create_future()
-                self._wire.send(source, other, HANDSHAKE_BYTES, _resolver(arrived), channel)
-                try:
-                    async with asyncio.timeout(DIAL_SECONDS):
-                        await arrived
-                except TimeoutError:
-                    raise NetworkError(f"{target}: no answer in {DIAL_SECONDS:g} s") from None
+        try:
+            async with asyncio.timeout(DIAL_SECONDS):
+                for source, other in 2 * ((self.peer, target), (target, self.peer)):
+                    arrived: asyncio.Future[None] = self._loop.create_future()
+                    self._wire.send(source, other, HANDSHAKE_BYTES, _resolver(arrived), channel)
+                    await arrived
+        except TimeoutError:
+            raise NetworkError(f"{target}: no answer in {DIAL_SECONDS:g} s") from None
         host = self._lan.hosts.get(target)
         if host is None or not host.alive:
             raise NetworkError(f"{target}: connection refused")

@@ -24,6 +24,7 @@ from potluck.dht.manifest import (
 )
 from potluck.dht.template import PRESETS, load_toml, preset_draft, template_toml
 from potluck.errors import ManifestError
+from potluck.net.identity import peer_id_of
 
 from dht_world import OTHER_RUN, identity
 
@@ -168,6 +169,7 @@ def test_any_value_anywhere_is_read_or_refused_clearly(value, where) -> None:
         ({"model__family": "../x"}, r"model\.family is '\.\./x'"),
         ({"codec__name": "zip file"}, r"codec\.name is 'zip file'"),
         ({"incentives__validators": ["me"]}, r"incentives\.validators\.0 is 'me'"),
+        ({"incentives__validators": 2 * [peer_id_of(bytes(32))]}, r"names a peer twice"),
     ],
 )
 def test_each_bad_setting_is_named_with_what_is_allowed(overrides, expected) -> None:

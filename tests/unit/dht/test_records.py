@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import msgspec
 import pytest
@@ -77,7 +78,8 @@ def test_full_weights_fit_into_a_record() -> None:
     peers = [f"12D3KooW{number:044d}".replace("0", "z") for number in range(111, 111 + 3 * MAX_WEIGHTS)]
     peers = list(dict.fromkeys(peers))[:MAX_WEIGHTS]
     assert len(peers) == MAX_WEIGHTS
-    record = Weights(module="m" * 64, round=2**32 - 1, weights=dict.fromkeys(peers, 1 / 3))
+    head = {"ledger_size": 2**53 - 1, "ledger_root": "ab" * 32, "made_at": time.time()}
+    record = Weights(module="m" * 64, round=2**32 - 1, weights=dict.fromkeys(peers, 1 / 3), **head)
     data = encode(record, identity(0), RUN, EXPIRES)
     assert len(data) <= MAX_RECORD_BYTES
     assert read(data).record == record

@@ -483,12 +483,12 @@ def test_streams_that_never_say_hello_count_too(short_dir: Path) -> None:
         async with network(short_dir) as net:
             a = await net.rpc("a", RpcLimits(lanes_per_peer=3, hello_timeout_seconds=30))
             silent = [await net.raw(a) for _ in range(3)]
-            await until(lambda: len(a._greeting) == 3)
+            await until(lambda: a._owned == 3)
             reader, _ = await net.raw(a)
             assert await asyncio.wait_for(reader.read(), 10) == b""
             for _, writer in silent:
                 writer.close()
-            await until(lambda: not a._greeting)
+            await until(lambda: a._owned == 0)
 
     asyncio.run(main())
 

@@ -239,15 +239,17 @@ async def test_what_is_not_confirmed_is_taken_out_again(tmp_path: Path) -> None:
 
 @in_loop
 async def test_steps_between_microbatches_leave_the_pipeline_training(tmp_path: Path) -> None:
-    async with pipeline(tmp_path, 2, step_tokens=64, learning_rate=0.01) as (trainer, peers):
+    async with pipeline(tmp_path, 2, step_tokens=64, learning_rate=0.003) as (trainer, peers):
         tokens = next(batches())
         losses = [await trainer.microbatch(tokens) for _ in range(30)]
+        # Stages step when they come to it: on a busy machine 30 microbatches may be few steps.
+        while min(losses) >= losses[0] - 0.5 and len(losses) < 150:
+            losses.append(await trainer.microbatch(tokens))
         await trainer.flush()
         assert min(losses) < losses[0] - 0.5 and await trainer.evaluate(tokens) < losses[0] - 0.3
         for row in peers:
             await row[0].finish()
-            counted = 30 - row[0].trainer.stats.voided  # on a busy machine a confirmation may come too late
-            assert row[0].trainer._tokens == counted * 32 and row[0].trainer._steps >= 3
+            assert row[0].trainer._tokens == len(losses) * 32 and row[0].trainer._steps >= 3
 
 
 @in_loop

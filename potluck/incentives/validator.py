@@ -1,0 +1,373 @@
+"""The validator: follows a module's rounds, judges each, writes what it finds into its ledger, and publishes weights.
+
+It is a follower (`swarm/follower.py`) that hears each round that it applied. Credit for a round is paid one round
+later, when all validators' weights for it can be read. What its entries follow from is archived, for `audit.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from potluck.dht.records import MAX_WEIGHTS, Signed, Weights
+from potluck.errors import NetworkError, PotluckError, ProtocolError
+from potluck.incentives.entries import AnyEntry, Claim, CreditEntry, RoundEntry, ScoreEntry, Standing
+from potluck.incentives.judge import LEAST, MOST, Effort, Judge, Judgement, Promise, Seen
+from potluck.incentives.ledger import Head, Ledger
+from potluck.incentives.score import FORGOTTEN
+from potluck.incentives.steering import LAG_ROUNDS, Opinions, consensus, opinions_of
+from potluck.net.blobs import BlobId, BlobStore
+from potluck.net.host import PeerId
+from potluck.swarm.aggregate import Contribution
+from potluck.swarm.follower import Applied
+from potluck.swarm.phases import Round, RoundClock
+from potluck.swarm.state import ReplicaState
+
+Emit = Callable[..., None]
+
+#: Of a round's length: what reading the others' weights, and publishing one's own, may take each.
+NETWORK_SHARE: Final = 0.2
+#: Rounds from one archived state to the next; between them states follow from the contributions.
+SNAPSHOT_ROUNDS: Final = 10
+
+
+class Records(Protocol):
+    """The part of `NetworkExchange` that validators use."""
+
+    async def weights(
+        self, module: str, round_: Round, timeout_seconds: float
+    ) -> tuple[list[Signed[Weights]], bool]: ...
+    async def publish_weights(self, weights: Weights, expires_at: float, timeout_seconds: float) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the manifest says about scores. `stake`: trust in each validator."""
+
+    stake: Mapping[PeerId, float]
+    emission: float
+    validator_emission: float = 0.0
+
+
+#: A claimed contrast that is off by more than these parts of itself and of the credit is false. The same sums in
+#: another order are off by much less.
+CLAIM_TOLERANCE: Final = 0.01
+CLAIM_ROUNDING: Final = 1e-4
+
+
+@dataclass(frozen=True)
+class Paid:
+    """What earlier payments leave for the next: bonds, and which other validators were found to evaluate."""
+
+    bonds: Opinions | None = None
+    proven: Mapping[PeerId, bool] = field(default_factory=dict)
+
+
+class Validator:
+    """`on_applied` is for the follower. `store` has the blobs that the follower fetched, `archive` keeps them.
+
+    `beside`: the states of a pipeline's other modules as they are now; None while one of them is not known. `place`:
+    put them into the model that all modules' judges share, in the thread that judges. `effort`: of every round,
+    instead of what this machine manages in time."""
+
+    def __init__(
+        self,
+        *,
+        module: str,
+        judge: Judge,
+        ledger: Ledger,
+        terms: Terms,
+        records: Records,
+        store: BlobStore,
+        archive: BlobStore,
+        clock: RoundClock,
+        retain: int,
+        now: Callable[[], float],
+        emit: Emit,
+        in_thread: Callable[..., Awaitable[Any]] = asyncio.to_thread,
+        beside: Callable[[], Mapping[str, ReplicaState] | None] = dict,
+        place: Callable[[Mapping[str, ReplicaState]], None] = lambda states: None,
+        snapshot_rounds: int = SNAPSHOT_ROUNDS,
+        effort: Effort | None = None,
+    ) -> None:
+        self.module, self.judge, self.ledger, self.terms = module, judge, ledger, terms
+        self._records, self._store, self._archive = records, store, archive
+        self._clock, self._retain, self._now, self._emit, self._in_thread = clock, retain, now, emit, in_thread
+        self._beside, self._place, self._snapshot_rounds = beside, place, snapshot_rounds
+        self._effort, self._fixed = effort or Effort(), effort is not None
+        #: Rounds that are not paid yet, and who may be paid for them.
+        self._unpaid: dict[Round, dict[PeerId, float]] = {}
+        self._judged = Round(-1)
+        self._paid = Paid()
+        #: The last round judged, and the states that were beside it: others' claims about it are checked.
+        self._last: tuple[Seen, Mapping[str, ReplicaState]] | None = None
+        self._archived = ""
+
+    def resume(self, decode: Callable[[bytes], Contribution]) -> None:
+        """Take up where the ledger ends. `decode`: of the run's codec."""
+        before = Before.read(self.ledger, self.module, None)
+        self._paid = before.paid(self.judge.me, self.terms)
+        if before.round is None:
+            return
+        self._judged = Round(before.round.round)
+        if not before.credits or before.credits[-1].round < self._judged:
+            self._unpaid[self._judged] = payable(before.scores)
+        self.judge.resume(before.standings, before.round, before.contributions(self._archive, decode))
+
+    async def on_applied(self, applied: Applied) -> None:
+        """Judge a round, pay for the one before, write both down, and tell. Raises LedgerError if that cannot be."""
+        beside = self._beside()
+        if beside is None or not applied.view.commits or applied.round <= self._judged:
+            return  # a process that was restarted, or loaded its group's state, applies a round again
+        if self._now() > self._clock.window(Round(applied.round + LAG_ROUNDS)).start:
+            # Its weights would count for nobody, and judging it would make the next round's late as well.
+            self._emit("incentives.round.unscored", module=self.module, round=applied.round)
+            return
+        seen = seen_of(applied, self.module, {name: state.digest for name, state in beside.items()})
+        began = time.monotonic()
+        judgement = await self._in_thread(self._judge, seen, beside)
+        if not self._fixed:
+            self._effort = self._effort.after(time.monotonic() - began, self._clock.seconds)
+        await self._in_thread(self._keep, applied, beside)
+        paid = await self._pay()
+        entries: list[AnyEntry] = [judgement.round, *judgement.scores, *paid]
+        head = await self._in_thread(self.ledger.append, entries, self._now())
+        self._judged, self._unpaid[applied.round] = applied.round, payable(judgement.scores)
+        self._last = seen, beside
+        self._emit(
+            "incentives.round.scored",
+            module=self.module,
+            round=applied.round,
+            drop=judgement.round.loss_before - judgement.round.loss_after,
+            error=judgement.round.error,
+            shares={one.peer: one.share for one in judgement.scores},
+            verdicts={one.peer: one.standing.verdict for one in judgement.scores},
+            refused={one.peer: one.refused for one in judgement.scores if one.refused},
+            paid=paid[-1].paid if paid else {},
+            earned=paid[-1].earned if paid else {},
+            ledger_size=head.size,
+        )
+        await self._publish(applied.round, judgement, head)
+
+    async def _publish(self, round_: Round, judgement: Judgement, head: Head) -> None:
+        if self.judge.me not in self.terms.stake:
+            return  # nobody would store them
+        best = sorted(judgement.shares.items(), key=lambda item: (-item[1], item[0]))[:MAX_WEIGHTS]
+        weights = Weights(
+            module=self.module,
+            round=round_,
+            made_at=self._now(),
+            ledger_size=head.size,
+            ledger_root=head.root,
+            beacon=judgement.round.beacon,
+            windows=judgement.round.windows,
+            contrast=judgement.round.contrast,
+            weights=dict(best),
+        )
+        if self._now() > self._clock.window(Round(round_ + LAG_ROUNDS)).start:
+            self._emit("incentives.weights.late", module=self.module, round=round_)
+        # As long as they are in force, faded or not (`steering.py`).
+        expires = self._clock.window(round_).end + (self._retain + 1) * self._clock.seconds
+        if expires <= self._now():
+            return
+        try:
+            stored = await self._records.publish_weights(weights, expires, NETWORK_SHARE * self._clock.seconds)
+        except (NetworkError, ProtocolError) as error:
+            self._emit("incentives.weights.failed", module=self.module, round=round_, error=str(error))
+        else:
+            if not stored:
+                self._emit("incentives.weights.failed", module=self.module, round=round_, error="nobody stored them")
+
+    async def _pay(self) -> list[CreditEntry]:
+        """Credit for rounds that were judged before: consensus of those validators whose weights were there in time.
+
+        A round whose weights cannot all be read waits for the next one, as long as they last.
+        """
+        entries = []
+        for round_, peers in sorted(self._unpaid.items()):
+            try:
+                seconds = NETWORK_SHARE * self._clock.seconds
+                records, complete = await self._records.weights(self.module, round_, seconds)
+            except NetworkError:
+                records, complete = [], False
+            last = self._now() >= self._clock.window(round_).end + self._retain * self._clock.seconds
+            if not complete and not last:
+                self._emit("incentives.weights.unread", module=self.module, round=round_)
+                break  # rounds are paid in order
+            before = self._clock.window(Round(round_ + LAG_ROUNDS)).start
+            opinions = opinions_of(records, self.terms.stake, before)
+            claim = await self._in_thread(self._claim, round_, [one for one in records if one.peer in opinions])
+            entry, self._paid = credit(
+                self.module, round_, self.judge.me, opinions, peers, self.terms, self._paid, claim
+            )
+            entries.append(entry)
+            del self._unpaid[round_]
+        return entries
+
+    def _judge(self, seen: Seen, beside: Mapping[str, ReplicaState]) -> Judgement:
+        # Here, and not before: in a pipeline another module's judgement may have come in between.
+        self._place(beside)
+        return self.judge.judge(seen, self._effort)
+
+    def _claim(self, round_: Round, records: Sequence[Signed[Weights]]) -> Claim | None:
+        """Of one other validator, by lot, of those who say that they saw the round as this one did. `records`: of those
+        whose opinions count."""
+        if self._last is None or self._last[0].round != round_:
+            return None
+        seen, beside = self._last
+        beacon = seen.beacon
+        claims = {
+            one.peer: one.record
+            for one in records
+            if one.peer != self.judge.me
+            and one.record.beacon == beacon.hex()
+            and LEAST.windows <= one.record.windows <= MOST.windows
+        }
+        if not claims:
+            return None
+        validator = sorted(claims)[int.from_bytes(beacon[:8]) % len(claims)]
+        self._place(beside)
+        return checked_claim(validator, claims[validator].windows, claims[validator].contrast, self.judge, seen)
+
+    def _keep(self, applied: Applied, beside: Mapping[str, ReplicaState]) -> None:
+        """What the round's entries follow from. States between two snapshots follow from contributions."""
+        for commit in applied.view.commits.values():
+            if self._store.has(BlobId(commit.blob)):
+                self._archive_one(commit.blob, lambda blob: self._store.read(BlobId(blob)))
+        follows = applied.before.digest == self._archived and not applied.view.fragments
+        kept = [] if follows and applied.round % self._snapshot_rounds else [applied.before]
+        for state in (*kept, *beside.values()):
+            self._archive_one(state.digest, lambda _, state=state: b"".join(state.buffers))  # type: ignore[misc]
+        self._archived = applied.after.digest
+
+    def _archive_one(self, blob: str, read: Callable[[str], bytes]) -> None:
+        try:
+            if not self._archive.has(BlobId(blob)):
+                self._archive.put(read(blob))
+        except PotluckError as error:  # dropped meanwhile, or a full disk: the round is scored, and cannot be audited
+            self._emit("incentives.archive.failed", blob=blob, error=str(error))
+
+
+def seen_of(applied: Applied, module: str, beside: Mapping[str, str]) -> Seen:
+    view = applied.view
+    return Seen(
+        module=module,
+        round=applied.round,
+        theta=applied.before.theta,
+        next_theta=applied.after.theta,
+        state=applied.before.digest,
+        next_state=applied.after.digest,
+        commits={peer: Promise.of(commit) for peer, commit in view.commits.items()},
+        contributions={peer: one for peer, one in view.contributions.items() if peer in view.commits},
+        missing=view.missing,
+        weights=applied.weights,
+        beside=beside,
+        shards=applied.shards,
+        steered=applied.steered,
+    )
+
+
+def payable(scores: Sequence[ScoreEntry]) -> dict[PeerId, float]:
+    """Whose contributions came and count, and the part of their share that is paid: while nobody has passed the test of
+    computation all weigh the same next to nothing, so it is as much as speaks for them by then."""
+    counted = (one for one in scores if one.came and not one.refused)
+    return {
+        PeerId(one.peer): 1.0 if one.standing.verdict == 1 else min(1.0, one.factors.get("computation", 1.0))
+        for one in counted
+    }
+
+
+def opinions_in(entry: CreditEntry) -> Opinions:
+    return {PeerId(v): {PeerId(peer): w for peer, w in row.items()} for v, row in entry.opinions.items()}
+
+
+def checked_claim(validator: PeerId, windows: int, claimed: float, judge: Judge, seen: Seen) -> Claim:
+    """Whether the contrast that a validator claims is what its windows have."""
+    found = judge.on_windows_of(validator, windows, seen)
+    off = abs(found.contrast - claimed)
+    passed = off <= CLAIM_TOLERANCE * abs(found.contrast) + CLAIM_ROUNDING * abs(found.credit)
+    return Claim(validator=validator, windows=windows, claimed=claimed, found=found.contrast, passed=passed)
+
+
+def credit(
+    module: str,
+    round_: Round,
+    me: PeerId,
+    opinions: Opinions,
+    peers: Mapping[PeerId, float],
+    terms: Terms,
+    before: Paid,
+    claim: Claim | None,
+) -> tuple[CreditEntry, Paid]:
+    """What is paid for a round. Of the emission each of `peers`, who contributed, gets its share by incentive, or the
+    part of that which `peers` says; of the validators' emission those who were found to evaluate when they were last
+    checked, by dividends."""
+    incentive, dividends, bonds = consensus(opinions, terms.stake, before.bonds)
+    proven = {**before.proven, me: True}
+    shares = _parts(terms.emission, {peer: value for peer, value in incentive.items() if peer in peers})
+    if claim is not None:
+        proven[PeerId(claim.validator)] = claim.passed
+    entry = CreditEntry(
+        module=module,
+        round=round_,
+        opinions={validator: {str(peer): w for peer, w in weights.items()} for validator, weights in opinions.items()},
+        incentive={peer: value for peer, value in incentive.items() if value > 0},
+        dividends={str(validator): value for validator, value in dividends.items()},
+        claim=claim,
+        paid={peer: part for peer, share in shares.items() if (part := share * peers[PeerId(peer)]) > 0},
+        earned=_parts(terms.validator_emission, {one: value for one, value in dividends.items() if proven.get(one)}),
+    )
+    return entry, Paid(bonds, proven)
+
+
+def _parts(amount: float, worth: Mapping[PeerId, float]) -> dict[str, float]:
+    """An amount, divided among those who are worth something."""
+    total = math.fsum(worth.values())
+    return {peer: amount * value / total for peer, value in sorted(worth.items()) if value > 0}
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a ledger says up to some round of a module: the last round judged, and every peer's standing after it."""
+
+    round: RoundEntry | None
+    scores: list[ScoreEntry]
+    standings: dict[PeerId, Standing]
+    credits: list[CreditEntry]
+
+    @classmethod
+    def read(cls, ledger: Ledger, module: str, round_: Round | None) -> Before:
+        """Of the rounds before `round_`; None: of all."""
+        last: RoundEntry | None = None
+        scores: list[ScoreEntry] = []
+        standings: dict[PeerId, Standing] = {}
+        credits: list[CreditEntry] = []
+        for entry in ledger.entries():
+            if entry.module != module or (round_ is not None and entry.round >= round_):
+                continue
+            match entry:
+                case RoundEntry():
+                    last, scores = entry, []
+                case ScoreEntry():
+                    scores.append(entry)
+                    standings[PeerId(entry.peer)] = entry.standing
+                case CreditEntry():
+                    credits.append(entry)
+        standings = {peer: one for peer, one in standings.items() if one.missed < FORGOTTEN}
+        return cls(last, scores, standings, credits)
+
+    def contributions(self, archive: BlobStore, decode: Callable[[bytes], Contribution]) -> dict[PeerId, Contribution]:
+        """What came in the last round, as far as it is archived."""
+        named = {PeerId(one.peer): BlobId(one.blob) for one in self.scores if one.came and one.blob}
+        return {peer: decode(archive.read(blob)) for peer, blob in named.items() if archive.has(blob)}
+
+    def paid(self, me: PeerId, terms: Terms) -> Paid:
+        """What the payments leave for the next one."""
+        paid = Paid()
+        for one in self.credits:
+            _, paid = credit(one.module, Round(one.round), me, opinions_in(one), {}, terms, paid, one.claim)
+        return paid

@@ -6,12 +6,13 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final, Protocol
 
 from hivemind.dht.node import DHTNode
 
 from potluck.dht.invite import is_address
-from potluck.dht.node import add_peers, peers_known
+from potluck.dht.node import BUCKET_SIZE, add_peers, peers_known
 from potluck.errors import NetworkError, PotluckError
 from potluck.net.host import Host, PeerId
 
@@ -44,6 +45,20 @@ async def dial(host: Host, addresses: Sequence[str]) -> dict[str, PeerId | Netwo
     return dict(zip(others, await asyncio.gather(*map(one, others)), strict=True))
 
 
+def _to_meet(connected: AbstractSet[PeerId], known: AbstractSet[PeerId], nodes: Sequence[PeerId]) -> list[PeerId]:
+    """Who of those `connected` is handed to the DHT node: who was not `known` at the last look.
+
+    Two who both gave each other up (a machine was suspended, its connections were not) stay connected, and neither
+    would ever ask the other again. So while `nodes`, those in the routing table, would fit into one bucket, some of the
+    others are asked at each look.
+    """
+    others = connected - set(nodes)
+    new, given_up = sorted(others - known), sorted(others & known)
+    if len(nodes) < BUCKET_SIZE:
+        new += random.sample(given_up, min(len(given_up), REDIAL_AT_ONCE))
+    return new
+
+
 async def keep_connected(
     host: Host,
     book: AddressBook,
@@ -59,9 +74,8 @@ async def keep_connected(
             infos = await host.list_peers()
             peers = {PeerId(info.peer_id.to_base58()) for info in infos}
             node = dht()
-            strangers = peers - known - set(peers_known(node)) if node else None
-            if node and strangers:
-                await add_peers(node, sorted(strangers))
+            if node and (strangers := _to_meet(peers, known, peers_known(node))):
+                await add_peers(node, strangers)
             known = peers
             remembered = book.peers()
             if infos:

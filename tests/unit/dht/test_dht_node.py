@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck.dht import protocol as wire
+from potluck.dht.care import keep_connected
 from potluck.dht.directory import Directory
 from potluck.dht.node import add_peers, network_size, peers_known, start_dht, stop_dht
 from potluck.dht.protocol import BoundedSerializer, node_id_of
@@ -392,6 +393,37 @@ def test_a_restarted_node_keeps_its_place() -> None:
         await stop_dht(world.nodes[0])
         world.nodes[0] = await world.start_node(0)
         assert world.nodes[0].node_id == place == node_id_of(world.hosts[0].peer_id)
+
+    play(2, scene)
+
+
+def test_two_who_gave_each_other_up_and_stayed_connected_meet_again() -> None:
+    """As after a suspend of both machines: their libp2p connection lives on, so no new one brings them together."""
+
+    class Book:
+        def peers(self) -> list[str]:
+            return []
+
+        def save_peers(self, addresses: list[str]) -> None:
+            pass
+
+    def connected_to(other: int) -> Any:
+        async def list_peers() -> list[Any]:
+            return [SimpleNamespace(peer_id=PeerID.from_base58(identity(other).peer_id), addrs=[])]
+
+        return SimpleNamespace(peer_id=PeerID.from_base58(identity(1 - other).peer_id), list_peers=list_peers)
+
+    async def scene(world: World) -> None:
+        care = asyncio.create_task(
+            keep_connected(connected_to(1), Book(), lambda: world.nodes[0], lambda *_, **__: None, 0.05)
+        )
+        await asyncio.sleep(0.2)  # seen once, and known from then on
+        for node, other in zip(world.nodes, reversed(world.nodes), strict=True):
+            await node.protocol.update_routing_table(other.node_id, other.peer_id, responded=False)
+        assert not peers_known(world.nodes[0]) and not peers_known(world.nodes[1])
+        while not (peers_known(world.nodes[0]) and peers_known(world.nodes[1])):
+            await asyncio.sleep(0.05)
+        care.cancel()
 
     play(2, scene)
 

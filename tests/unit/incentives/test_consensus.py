@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potluck.incentives.consensus import yuma
+from potluck.incentives.consensus import ROUNDING, yuma
 
 KINDS = st.sampled_from([0.3, 0.5, 0.6, 1.0])
 
@@ -44,7 +44,8 @@ def test_consensus_is_the_most_that_kappa_of_the_stake_gives(
     S, W = shares(stake), masked(weights)
     for j, consensus in enumerate(found.consensus):
         column = [row[j] for row in W]
-        able = [w for w in column if math.fsum(s for s, v in zip(S, column, strict=True) if v >= w) >= kappa - 1e-9]
+        enough = kappa - ROUNDING
+        able = [w for w in column if math.fsum(s for s, v in zip(S, column, strict=True) if v >= w) >= enough]
         assert consensus == pytest.approx(max(able, default=0.0), abs=1e-9)
         for i in range(len(S)):
             assert found.clipped[i, j] == pytest.approx(min(W[i][j], consensus), abs=1e-9)

@@ -17,7 +17,8 @@ test: $(STAMP)  ## all tests
 test-fast: $(STAMP)  ## without those that take more than ten seconds or need root
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not privileged" tests
 
-nightly: $(STAMP)  ## two thousand random swarms with random faults (hours)
+nightly: $(STAMP)  ## a thousand new examples of each property, two thousand random swarms with random faults (hours)
+	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=explore -m "not slow and not privileged" tests/unit
 	POTLUCK_SEEDS=2000 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/sim -k random_swarms
 
 check: $(STAMP)  ## style, types, and the built wheel

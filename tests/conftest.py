@@ -9,7 +9,9 @@ from hypothesis import settings
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-settings.register_profile("potluck", deadline=None)
+# The same examples for the same code: a failure belongs to the change. `make nightly` looks for new ones.
+settings.register_profile("potluck", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("potluck")
 
 

@@ -198,7 +198,7 @@ def attacked(options: argparse.Namespace, attacks: tuple[str, ...]) -> Plan:
 
 
 def of_validators(options: argparse.Namespace, lie: str | None) -> Plan:
-    plan = plan_of(options, lie or "validators", HONEST, 20)
+    plan = plan_of(options, lie or "validators", HONEST, 30)
     plan.peers, plan.validators = HONEST + VALIDATORS, VALIDATORS
     if lie:
         plan.lie(peer=plan.peers - 1, round=0, at=0, lie=lie)  # type: ignore[arg-type]

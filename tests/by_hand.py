@@ -12,6 +12,7 @@ from potluck.swarm.codecs import Codec
 from potluck.swarm.follower import Applied
 from potluck.swarm.layout import Flat
 from potluck.swarm.outer import OuterStep
+from potluck.swarm.ownership import marked
 from potluck.swarm.phases import Round
 from potluck.swarm.pull import View
 from potluck.swarm.state import ReplicaState, witness
@@ -30,7 +31,8 @@ def applied(
     """All weigh the same."""
     view = View()
     for peer, delta in deltas.items():
-        ref = store.put(blob := codec.encode(delta, before.layout))
+        blob = codec.encode(delta, before.layout)
+        ref = store.put(marked(blob, peer, before.module, before.round))
         view.contributions[peer] = codec.decode(blob, before.layout)
         view.commits[peer] = Commit(
             module=before.module,

@@ -166,10 +166,9 @@ class Weights(Record, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ledger_root: Hash | None = None
     #: Counts for rounds that begin later.
     made_at: NonNegative
-    #: That it evaluated, and did not copy: how much more credit the first half of so many windows gives the round's
-    #: step than the second. They are drawn for this validator from the round's beacon: who saw the round can check it.
+    #: That it evaluated, and did not copy: how much more credit the windows that all validators have in common give the
+    #: round's step than this one's own. They are drawn from the round's beacon: who saw the round can check it.
     beacon: Hash | None = None
-    windows: Annotated[int, Meta(ge=0, le=1024)] = 0
     contrast: float = 0.0
     weights: Annotated[dict[PeerIdText, Annotated[float, Meta(ge=0, le=1)]], Meta(max_length=MAX_WEIGHTS)]
 

@@ -26,6 +26,7 @@ from potluck.swarm.aggregate import Contribution, aggregate
 from potluck.swarm.codecs import Codec
 from potluck.swarm.layout import Layout
 from potluck.swarm.outer import OuterStep
+from potluck.swarm.ownership import owned_by
 from potluck.swarm.phases import Round
 from potluck.swarm.state import ReplicaState, parse_state
 
@@ -113,10 +114,21 @@ def audit(
     if entries.credit is not None:
         claim = entries.credit.claim
         if claim is not None:
-            claim = checked_claim(PeerId(claim.validator), claim.windows, claim.claimed, judge, seen)
-        me, peers = PeerId(own.validator), payable(scores)
-        paid, _ = credit(module, round_, me, opinions_in(entries.credit), peers, terms, before.paid(me, terms), claim)
+            claim = checked_claim(PeerId(claim.validator), claim.claimed, judge, seen)
+        paid, _ = credit(
+            module,
+            round_,
+            PeerId(own.validator),
+            opinions_in(entries.credit),
+            payable(scores),
+            terms,
+            before.paid(PeerId(own.validator), terms),
+            claim,
+            entries.credit.claimants,
+        )
         _compare(found, "the credit", entries.credit, paid)
+    elif entries.passed_over:
+        found.differences.append("a later round is paid, and this one never was")
     return found
 
 
@@ -127,6 +139,8 @@ class _Round:
     credit: CreditEntry | None = None
     #: Whether the ledger has it, or the credit for it, more than once.
     twice: bool = False
+    #: Whether a later one is paid.
+    passed_over: bool = False
 
     @property
     def weights(self) -> dict[PeerId, float]:
@@ -144,6 +158,8 @@ def _chain(ledger: Ledger, archive: BlobStore, module: str, round_: Round) -> li
     chain: dict[int, _Round] = {}
     for entry in ledger.entries():
         if entry.module != module or not start <= entry.round <= round_:
+            if entry.module == module and isinstance(entry, CreditEntry) and entry.round > round_ in chain:
+                chain[round_].passed_over = True
             continue
         one = chain.get(entry.round)
         match entry:
@@ -203,7 +219,8 @@ def _contributions(archive: BlobStore, rules: Rules, scores: list[ScoreEntry]) -
             continue
         if not archive.has(BlobId(one.blob)):
             raise LedgerError(f"the archive lacks the contribution of {one.peer} to round {one.round}")
-        found[PeerId(one.peer)] = rules.codec.decode(archive.read(BlobId(one.blob)), rules.layout)
+        blob = owned_by(archive.read(BlobId(one.blob)), PeerId(one.peer), one.module, Round(one.round))
+        found[PeerId(one.peer)] = rules.codec.decode(blob, rules.layout)
     return found
 
 

@@ -134,7 +134,6 @@ class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     have (`RoundEntry.contrast`)."""
 
     validator: PeerIdText
-    windows: Annotated[int, Meta(ge=1, le=1024)]
     claimed: float
     found: float
     passed: bool
@@ -151,7 +150,9 @@ class CreditEntry(Entry, frozen=True, forbid_unknown_fields=True, kw_only=True, 
     incentive: dict[PeerIdText, Share]
     #: Each validator's part in what is paid to validators, whether or not it is known to evaluate.
     dividends: dict[PeerIdText, Share] = {}
-    #: What one other validator, drawn by lot, claims to have evaluated.
+    #: Other validators whose weights bear a claim about the round as this one saw it: only they can be paid for it.
+    claimants: Annotated[list[PeerIdText], Meta(max_length=64)] = []
+    #: What one of them, drawn by lot, claims to have evaluated.
     claim: Claim | None = None
     #: Peer -> credit; validator -> credit.
     paid: dict[PeerIdText, NonNegative]

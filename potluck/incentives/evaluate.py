@@ -113,8 +113,8 @@ class PathCredit:
     error: float
     #: Gradient at the path's beginning.
     gradient: Flat
-    #: By how much the first half of the data gives the step more credit than the second, at both ends of the path: only
-    #: who evaluates on these data knows it, whereas the credit itself is much the same on any.
+    #: By how much the first of the `proof` windows give the step more credit than the last, at both ends of the path:
+    #: only who evaluates on these data knows it, whereas the credit itself is much the same on any.
     contrast: float
 
 
@@ -127,11 +127,14 @@ def path_credit(
     *,
     tolerance: float = TOLERANCE,
     max_points: int = MAX_POINTS,
+    proof: int = 0,
 ) -> PathCredit:
-    """`contributions` as they were taken in (clipped), from `theta` to `next_theta`, by the loss on `tokens`."""
+    """`contributions` as they were taken in (clipped), from `theta` to `next_theta`, by the loss on `tokens`.
+
+    `proof`: of how many windows the contrast is, one half of them the first and one the last ones; 0: all."""
     step = theta - next_theta
-    before, first, more = _halves(evaluator, theta, tokens, step)
-    after, last, still = _halves(evaluator, next_theta, tokens, step)
+    before, first, more = _ends(evaluator, theta, tokens, step, proof)
+    after, last, still = _ends(evaluator, next_theta, tokens, step, proof)
     if after >= WORST_LOSS:  # the round ruined the model: go by where it began
         last, max_points = first, 2
     drop = before - after
@@ -153,15 +156,19 @@ def path_credit(
     return PathCredit(alignment, credit, before, after, points, error, first, bounded_credit(0.25 * (more + still)))
 
 
-def _halves(evaluator: Evaluator, theta: Flat, tokens: torch.Tensor, step: Flat) -> tuple[float, Flat, float]:
-    """(loss, gradient, <gradient on the first half of the data - on the second, step>)."""
-    if len(tokens) < 2:
+def _ends(evaluator: Evaluator, theta: Flat, tokens: torch.Tensor, step: Flat, proof: int) -> tuple[float, Flat, float]:
+    """(loss, gradient, <gradient on the first windows of the proof - on the last, step>)."""
+    count = len(tokens)
+    if count < 2:
         return *_gradient(evaluator, theta, tokens), 0.0
-    parts = torch.tensor_split(tokens, 2)
-    (a, first), (b, second) = (_gradient(evaluator, theta, part) for part in parts)
-    share = len(parts[0]) / len(tokens)
-    gradient = np.float32(share) * first + np.float32(1 - share) * second
-    return share * a + (1 - share) * b, gradient, _dot(first, step) - _dot(second, step)
+    end = min(proof or count, count) // 2
+    parts = [part for part in torch.tensor_split(tokens, [end, count - end]) if len(part)]
+    found = [_gradient(evaluator, theta, part) for part in parts]
+    gradient, loss = np.zeros_like(step), 0.0
+    for part, (value, slope) in zip(parts, found, strict=True):
+        gradient += np.float32(len(part) / count) * slope
+        loss += len(part) / count * value
+    return loss, gradient, _dot(found[0][1], step) - _dot(found[-1][1], step)
 
 
 def bounded(loss: float) -> float:

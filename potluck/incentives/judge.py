@@ -30,7 +30,7 @@ from potluck.incentives.evaluate import (
     trial_delta,
 )
 from potluck.incentives.rating import Rating, rate
-from potluck.incentives.score import FORGOTTEN, RATE, Observation, Score, advance, fits_well, score, shares
+from potluck.incentives.score import Observation, Score, advance, fits_well, remembered, score, shares
 from potluck.net.host import PeerId
 from potluck.swarm.aggregate import Contribution, clipped, median_norms, token_weights, weighted_median
 from potluck.swarm.agreement import network_at_fault
@@ -51,8 +51,12 @@ SAME: Final = 0.98
 MAX_PLACES: Final = 2**19
 #: A peer is compared with those known to train, if there are so many.
 LEAST_RIVALS: Final = 3
+#: Of its random windows a validator's contrast is of so many: the first half of the common ones, and its own last ones.
+PROOF_WINDOWS: Final = 16
 #: Gradients below this are rounding.
 SMALLEST_GRADIENT: Final = 1e-8
+#: Weight of the newest round in what is usual.
+USUAL_RATE: Final = 0.3
 #: A contribution so many times longer than the median is no honest one.
 MAX_NORMS: Final = 10.0
 
@@ -103,9 +107,10 @@ class Seen:
     @property
     def beacon(self) -> bytes:
         """What everything random follows from. Of the next state, which nobody knows while contributions are hidden: of
-        the commits alone the last to commit could choose."""
-        named = [*(f"{peer} {self.commits[peer].blob}\n" for peer in sorted(self.commits)), self.next_state]
-        return hashlib.sha256(b"potluck.beacon.1\n" + "".join(named).encode()).digest()
+        the commits alone the last to commit could choose. Who saw the round beside other states has another one."""
+        named = [*(f"{peer} {self.commits[peer].blob}\n" for peer in sorted(self.commits)), f"{self.next_state}\n"]
+        named += [f"{module} {self.beside[module]}\n" for module in sorted(self.beside)]
+        return hashlib.sha256(b"potluck.beacon.2\n" + "".join(named).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class Effort:
         return self
 
 
-LEAST: Final = Effort(8, 2)
+LEAST: Final = Effort(16, 2)
 MOST: Final = Effort(128, 32)
 
 
@@ -178,11 +183,11 @@ class Judge:
         taken = sorted(seen.contributions.keys() - refused.keys())
         usable = {peer: clipped(seen.contributions[peer], medians, layout) for peer in taken}
         tokens = self._random_windows(seen.beacon, effort.windows)
-        path = path_credit(self._evaluator, tokens, seen.theta, seen.next_theta, usable)
+        path = path_credit(self._evaluator, tokens, seen.theta, seen.next_theta, usable, proof=PROOF_WINDOWS)
         alike = self._alike({peer: seen.contributions[peer] for peer in usable}, seen.round)
         tests = self._test(seen, usable, alike, path, tokens, effort.tests)
         for peer, cosine in alike.items():
-            if cosine > SAME and not (peer in tests and fits_well(tests[peer].place, tests[peer].among)):
+            if cosine > SAME and not self._is_own(peer, tests.get(peer)):
                 refused[peer] = "a copy of another contribution"
         alignment = {peer: value for peer, value in path.alignment.items() if peer not in refused}
         # As much as it trained, believed as far as aggregation does; the ledger's own weight is no merit.
@@ -199,6 +204,7 @@ class Judge:
             observed = Observation(
                 alignment=alignment.get(peer),
                 relative=useful.get(peer, 0.0) / (usual or 1.0),
+                refused=peer in refused and peer in seen.contributions,
                 place=test.place if test else None,
                 among=test.among if test else 0,
                 away=peer not in seen.contributions and not network and seen.shards == 1,
@@ -206,7 +212,9 @@ class Judge:
             )
             rating = rated.get(peer, Rating(standing.mu, standing.sigma))
             scores[peer] = score(advance(standing, observed, seen.round, rating), self._testable)
-        self.standings = {peer: one.standing for peer, one in scores.items() if one.standing.missed < FORGOTTEN}
+        self.standings = {
+            peer: one.standing for peer, one in scores.items() if remembered(one.standing, seen.round, seen.shards)
+        }
         self._last, self._last_round = dict(seen.contributions), seen.round
         parts = shares({peer: one.score for peer, one in scores.items()})
         entries = []
@@ -242,10 +250,10 @@ class Judge:
             network_fault=network_fault,
         )
 
-    def on_windows_of(self, validator: PeerId, windows: int, seen: Seen) -> PathCredit:
-        """The credit of a round's whole step on another validator's data: what it must have come to as well."""
-        tokens = self._random_windows(seen.beacon, windows, validator)
-        return path_credit(self._evaluator, tokens, seen.theta, seen.next_theta, {}, max_points=2)
+    def on_windows_of(self, validator: PeerId, seen: Seen) -> PathCredit:
+        """The credit of a round's whole step on the data with which another validator proves that it evaluated."""
+        tokens = self._random_windows(seen.beacon, PROOF_WINDOWS, validator)
+        return path_credit(self._evaluator, tokens, seen.theta, seen.next_theta, {}, max_points=2, proof=PROOF_WINDOWS)
 
     # ---- fast checks ----------------------------------------------------------------------------------------
 
@@ -290,27 +298,45 @@ class Judge:
         most = {peer: max([*now[peer], *before[peer]], default=0.0) for peer in usable}
         return {peer: value for peer, value in most.items() if value > limit}
 
+    def _is_own(self, peer: PeerId, test: _Test | None) -> bool:
+        """Of one that is like another: whether it fits its own samples, or was not looked at and comes from one who is
+        known to train."""
+        if test is None:
+            return self.standings.get(peer, Standing()).verdict > 0
+        return fits_well(test.place, test.among)
+
     # ---- data and tests -------------------------------------------------------------------------------------
 
-    def _dice(self, beacon: bytes, what: str, validator: PeerId | None = None) -> np.random.Philox:
-        name = b"\0".join([b"potluck.evaluation.1", beacon, (validator or self.me).encode(), what.encode()])
+    def _dice(self, beacon: bytes, what: str, validator: str | None = None) -> np.random.Philox:
+        """Each validator's own; of the `validator` "" those that all have in common."""
+        name = b"\0".join([b"potluck.evaluation.2", beacon, (self.me if validator is None else validator).encode()])
+        name += b"\0" + what.encode()
         return np.random.Philox(key=np.frombuffer(hashlib.sha256(name).digest()[:16], dtype="<u8"))
 
     def _random_windows(self, beacon: bytes, count: int, validator: PeerId | None = None) -> torch.Tensor:
-        raw = self._dice(beacon, "random", validator).random_raw(count)
+        """Half of them are the same for all validators, so that honest ones hardly differ; the others are its own: none
+        can say what those come to without evaluating."""
+        own = count // 2
+        common = self._dice(beacon, "random", "").random_raw(count - own)
+        # Back to front, so that the first and the last ones are the same however many are between.
+        raw = np.concatenate([common, self._dice(beacon, "random", validator).random_raw(own)[::-1]])
         last = np.uint64(self._corpus.train.size - self._corpus.sequence_length)
         return self._corpus.batch((raw % last).astype(np.int64))
 
     def _to_test(self, beacon: bytes, peers: Sequence[PeerId], alike: Collection[PeerId], most: int) -> list[PeerId]:
         """Whose computation is tested: who is least known, by lot among equals; and as many of those who look like
-        copies."""
+        copies, known ones first."""
         lots = dict(zip(peers, self._dice(beacon, "tests").random_raw(len(peers)).tolist(), strict=True))
 
-        def rank(peer: PeerId) -> tuple[bool, int]:
-            return self.standings.get(peer, Standing()).verdict != 0, lots[peer]
+        def decided(peer: PeerId) -> bool:
+            return self.standings.get(peer, Standing()).verdict != 0
 
-        copies = sorted(alike, key=lambda peer: lots[peer])[:most]
-        return sorted({*copies, *sorted(peers, key=rank)[:most]})
+        copies = sorted(alike, key=lambda peer: (not decided(peer), lots[peer]))[:most]
+        by_lot = sorted(peers, key=lambda peer: lots[peer])
+        # However many unknown ones come, half of the tests are for those who have something to lose.
+        unknown = [peer for peer in by_lot if not decided(peer)]
+        known = [peer for peer in by_lot if decided(peer)][: max(most // 2, most - len(unknown))]
+        return sorted({*copies, *known, *unknown[: most - len(known)]})
 
     def _test(
         self,
@@ -387,7 +413,7 @@ def _moving(before: float, values: Sequence[float]) -> float:
     if not values:
         return before
     now = float(np.median(values))
-    return now if before == 0 else (1 - RATE) * before + RATE * now
+    return now if before == 0 else (1 - USUAL_RATE) * before + USUAL_RATE * now
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ hashes only repeat what follows from the entries: they tell which entry is damag
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -360,6 +361,12 @@ class Ledger:
     def __init__(self, path: Path, tree: _Tree, run: RunId, head: Head | None, identity: Identity | None) -> None:
         self.path, self.run = path, run
         self._tree, self._head, self._identity = tree, head, identity
+
+    def lot(self, what: bytes) -> int:
+        """64 bits that nobody but the ledger's owner knows beforehand, always the same for the same `what`."""
+        if self._identity is None:
+            raise ValueError(f"{self.path} was opened to read")
+        return int.from_bytes(hashlib.sha256(self._identity.sign(b"potluck.lot.1\0" + what)).digest()[:8], "big")
 
     @classmethod
     def open(cls, path: Path, run: RunId, identity: Identity) -> Ledger:

@@ -27,8 +27,11 @@ FORGOTTEN: Final = 25
 HARMFUL: Final = 4
 HARMED_FACTOR: Final = 0.25
 HISTORY: Final = 8
-#: Weight of the newest round in a peer's usefulness: a newcomer has 97 % of its fair share of it after ten rounds.
-RATE: Final = 0.3
+#: Weight of the newest round in a peer's usefulness, once it has come so often that this is less than an equal part:
+#: until then usefulness is the plain mean, so that a newcomer waits for nothing but the test of computation.
+RATE: Final = 0.1
+#: The same of a round that was worth nothing, or less: who turns is found out before its past is spent.
+BAD_RATE: Final = 0.3
 #: Relative alignments beyond this are luck.
 MOST_USEFUL: Final = 2.0
 
@@ -46,7 +49,7 @@ FAILED_AT: Final = math.log(FALSE_ALARM / (1 - FALSE_PASS))
 @dataclass(frozen=True)
 class Observation:
     """One peer in one round. `alignment` (path credit for a weight of 1) is None where nothing of it came or counted;
-    `relative`: weighted by its tokens, beside what is usual.
+    `relative`: weighted by its tokens, beside what is usual. `refused`: it came, and was worth nothing.
 
     `place`: of `among` contributions, in fitting its own samples; None where that was not tested.
     `away`: nothing came, and it is not the network's fault. `in_sync`: whether it began with the run's parameters; None
@@ -55,6 +58,7 @@ class Observation:
 
     alignment: float | None = None
     relative: float = 0.0
+    refused: bool = False
     place: int | None = None
     among: int = 0
     away: bool = False
@@ -103,10 +107,13 @@ def advance(standing: Standing, seen: Observation, round_: int, rating: Rating) 
     evidence, verdict = standing.evidence, standing.verdict
     if seen.place is not None:
         evidence, verdict = computation_evidence(evidence, verdict, seen.place, seen.among)
-    came = seen.alignment is not None
+    came = seen.alignment is not None or seen.refused
     harmed, usefulness = standing.harmed, standing.usefulness
+    if came:
+        worth = 0.0 if seen.refused else max(-MOST_USEFUL, min(MOST_USEFUL, seen.relative))
+        rate = BAD_RATE if worth <= 0 < usefulness else RATE
+        usefulness += max(rate, 1 / (standing.seen + 1)) * (worth - usefulness)
     if seen.alignment is not None:
-        usefulness += RATE * (max(-MOST_USEFUL, min(MOST_USEFUL, seen.relative)) - usefulness)
         harmed = [seen.alignment <= 0, *harmed][:HISTORY]
     return Standing(
         mu=rating.mu,
@@ -120,6 +127,11 @@ def advance(standing: Standing, seen: Observation, round_: int, rating: Rating) 
         harmed=harmed,
         unsynced=standing.unsynced if seen.in_sync is None else 0 if seen.in_sync else standing.unsynced + 1,
     )
+
+
+def remembered(standing: Standing, round_: int, shards: int) -> bool:
+    """Whether a peer still has a standing after a round, of which `shards` groups each saw a part of the peers."""
+    return standing.missed < FORGOTTEN and round_ - standing.last < 2 * FORGOTTEN * shards
 
 
 def score(standing: Standing, testable: bool = True) -> Score:
@@ -146,7 +158,7 @@ def _computation(standing: Standing) -> float:
         case -1:
             return 0.0
         case _:
-            return max(0.0, standing.evidence / PASSED_AT)
+            return max(0.0, standing.evidence / PASSED_AT) ** 2  # of one lucky look next to nothing
 
 
 def shares(scores: Mapping[PeerId, float]) -> dict[PeerId, float]:

@@ -16,14 +16,15 @@ from typing import Any, Final, Protocol
 from potluck.dht.records import MAX_WEIGHTS, Signed, Weights
 from potluck.errors import NetworkError, PotluckError, ProtocolError
 from potluck.incentives.entries import AnyEntry, Claim, CreditEntry, RoundEntry, ScoreEntry, Standing
-from potluck.incentives.judge import LEAST, MOST, Effort, Judge, Judgement, Promise, Seen
+from potluck.incentives.judge import Effort, Judge, Judgement, Promise, Seen
 from potluck.incentives.ledger import Head, Ledger
-from potluck.incentives.score import FORGOTTEN
+from potluck.incentives.score import remembered
 from potluck.incentives.steering import LAG_ROUNDS, Opinions, consensus, opinions_of
 from potluck.net.blobs import BlobId, BlobStore
 from potluck.net.host import PeerId
 from potluck.swarm.aggregate import Contribution
 from potluck.swarm.follower import Applied
+from potluck.swarm.ownership import owned_by
 from potluck.swarm.phases import Round, RoundClock
 from potluck.swarm.state import ReplicaState
 
@@ -59,18 +60,44 @@ CLAIM_TOLERANCE: Final = 0.01
 CLAIM_ROUNDING: Final = 1e-4
 
 
+#: A check of another validator is good for so many rounds, for each one that there is to check.
+CHECK_ROUNDS: Final = 4
+
+
+@dataclass(frozen=True)
+class Checked:
+    """When a validator was checked last, and how often in a row it passed; 0 once after it failed."""
+
+    round: int
+    passes: int
+
+    def again(self, round_: int, passed: bool) -> Checked:
+        return Checked(round_, self.passes + 1 if passed else -1)
+
+    def holds(self, round_: int, others: int) -> bool:
+        return self.passes > 0 and round_ - self.round <= CHECK_ROUNDS * (others + 1)
+
+
 @dataclass(frozen=True)
 class Paid:
-    """What earlier payments leave for the next: bonds, and which other validators were found to evaluate."""
+    """What earlier payments leave for the next: bonds, and how other validators did when they were checked."""
 
     bonds: Opinions | None = None
-    proven: Mapping[PeerId, bool] = field(default_factory=dict)
+    checked: Mapping[PeerId, Checked] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Owed:
+    """A round that is not paid yet: who may be paid, and which part of its share; and the round's beacon."""
+
+    peers: Mapping[PeerId, float]
+    beacon: str
 
 
 class Validator:
     """`on_applied` is for the follower. `store` has the blobs that the follower fetched, `archive` keeps them.
 
-    `beside`: the states of a pipeline's other modules as they are now; None while one of them is not known. `place`:
+    `beside`: the states of a pipeline's other modules at the beginning of a round; None if one is not known. `place`:
     put them into the model that all modules' judges share, in the thread that judges. `effort`: of every round,
     instead of what this machine manages in time."""
 
@@ -89,7 +116,7 @@ class Validator:
         now: Callable[[], float],
         emit: Emit,
         in_thread: Callable[..., Awaitable[Any]] = asyncio.to_thread,
-        beside: Callable[[], Mapping[str, ReplicaState] | None] = dict,
+        beside: Callable[[Round], Mapping[str, ReplicaState] | None] = lambda round_: {},
         place: Callable[[Mapping[str, ReplicaState]], None] = lambda states: None,
         snapshot_rounds: int = SNAPSHOT_ROUNDS,
         effort: Effort | None = None,
@@ -99,31 +126,30 @@ class Validator:
         self._clock, self._retain, self._now, self._emit, self._in_thread = clock, retain, now, emit, in_thread
         self._beside, self._place, self._snapshot_rounds = beside, place, snapshot_rounds
         self._effort, self._fixed = effort or Effort(), effort is not None
-        #: Rounds that are not paid yet, and who may be paid for them.
-        self._unpaid: dict[Round, dict[PeerId, float]] = {}
+        self._unpaid: dict[Round, Owed] = {}
         self._judged = Round(-1)
         self._paid = Paid()
         #: The last round judged, and the states that were beside it: others' claims about it are checked.
         self._last: tuple[Seen, Mapping[str, ReplicaState]] | None = None
         self._archived = ""
 
-    def resume(self, decode: Callable[[bytes], Contribution]) -> None:
+    def resume(self, decode: Callable[[memoryview], Contribution]) -> None:
         """Take up where the ledger ends. `decode`: of the run's codec."""
         before = Before.read(self.ledger, self.module, None)
         self._paid = before.paid(self.judge.me, self.terms)
         if before.round is None:
             return
         self._judged = Round(before.round.round)
-        if not before.credits or before.credits[-1].round < self._judged:
-            self._unpaid[self._judged] = payable(before.scores)
+        self._unpaid = dict(before.owed)
         self.judge.resume(before.standings, before.round, before.contributions(self._archive, decode))
 
     async def on_applied(self, applied: Applied) -> None:
         """Judge a round, pay for the one before, write both down, and tell. Raises LedgerError if that cannot be."""
-        beside = self._beside()
-        if beside is None or not applied.view.commits or applied.round <= self._judged:
+        if not applied.view.commits or applied.round <= self._judged:
             return  # a process that was restarted, or loaded its group's state, applies a round again
-        if self._now() > self._clock.window(Round(applied.round + LAG_ROUNDS)).start:
+        beside = self._beside(applied.round)
+        late = self._now() > self._clock.window(Round(applied.round + LAG_ROUNDS)).start
+        if late or beside is None:
             # Its weights would count for nobody, and judging it would make the next round's late as well.
             self._emit("incentives.round.unscored", module=self.module, round=applied.round)
             return
@@ -136,7 +162,10 @@ class Validator:
         paid = await self._pay()
         entries: list[AnyEntry] = [judgement.round, *judgement.scores, *paid]
         head = await self._in_thread(self.ledger.append, entries, self._now())
-        self._judged, self._unpaid[applied.round] = applied.round, payable(judgement.scores)
+        self._judged, self._unpaid[applied.round] = (
+            applied.round,
+            Owed(payable(judgement.scores), judgement.round.beacon),
+        )
         self._last = seen, beside
         self._emit(
             "incentives.round.scored",
@@ -164,7 +193,6 @@ class Validator:
             ledger_size=head.size,
             ledger_root=head.root,
             beacon=judgement.round.beacon,
-            windows=judgement.round.windows,
             contrast=judgement.round.contrast,
             weights=dict(best),
         )
@@ -188,7 +216,7 @@ class Validator:
         A round whose weights cannot all be read waits for the next one, as long as they last.
         """
         entries = []
-        for round_, peers in sorted(self._unpaid.items()):
+        for round_, owed in sorted(self._unpaid.items()):
             try:
                 seconds = NETWORK_SHARE * self._clock.seconds
                 records, complete = await self._records.weights(self.module, round_, seconds)
@@ -200,9 +228,15 @@ class Validator:
                 break  # rounds are paid in order
             before = self._clock.window(Round(round_ + LAG_ROUNDS)).start
             opinions = opinions_of(records, self.terms.stake, before)
-            claim = await self._in_thread(self._claim, round_, [one for one in records if one.peer in opinions])
+            me = self.judge.me
+            claims = {
+                one.peer: one.record.contrast
+                for one in records
+                if one.peer in opinions and one.peer != me and one.record.beacon == owed.beacon
+            }
+            claim = await self._in_thread(self._claim, round_, claims)
             entry, self._paid = credit(
-                self.module, round_, self.judge.me, opinions, peers, self.terms, self._paid, claim
+                self.module, round_, me, opinions, owed.peers, self.terms, self._paid, claim, sorted(claims)
             )
             entries.append(entry)
             del self._unpaid[round_]
@@ -213,25 +247,18 @@ class Validator:
         self._place(beside)
         return self.judge.judge(seen, self._effort)
 
-    def _claim(self, round_: Round, records: Sequence[Signed[Weights]]) -> Claim | None:
-        """Of one other validator, by lot, of those who say that they saw the round as this one did. `records`: of those
-        whose opinions count."""
-        if self._last is None or self._last[0].round != round_:
+    def _claim(self, round_: Round, claims: Mapping[PeerId, float]) -> Claim | None:
+        """Checks what one other validator claims: by a lot that none can foresee, of the half that was checked longest
+        ago."""
+        if not claims or self._last is None or self._last[0].round != round_:
             return None
         seen, beside = self._last
-        beacon = seen.beacon
-        claims = {
-            one.peer: one.record
-            for one in records
-            if one.peer != self.judge.me
-            and one.record.beacon == beacon.hex()
-            and LEAST.windows <= one.record.windows <= MOST.windows
-        }
-        if not claims:
-            return None
-        validator = sorted(claims)[int.from_bytes(beacon[:8]) % len(claims)]
+        never = Checked(-1, 0)
+        by_age = sorted(claims, key=lambda peer: (self._paid.checked.get(peer, never).round, peer))
+        oldest = by_age[: -(-len(by_age) // 2)]
+        validator = oldest[self.ledger.lot(seen.beacon) % len(oldest)]
         self._place(beside)
-        return checked_claim(validator, claims[validator].windows, claims[validator].contrast, self.judge, seen)
+        return checked_claim(validator, claims[validator], self.judge, seen)
 
     def _keep(self, applied: Applied, beside: Mapping[str, ReplicaState]) -> None:
         """What the round's entries follow from. States between two snapshots follow from contributions."""
@@ -285,12 +312,12 @@ def opinions_in(entry: CreditEntry) -> Opinions:
     return {PeerId(v): {PeerId(peer): w for peer, w in row.items()} for v, row in entry.opinions.items()}
 
 
-def checked_claim(validator: PeerId, windows: int, claimed: float, judge: Judge, seen: Seen) -> Claim:
+def checked_claim(validator: PeerId, claimed: float, judge: Judge, seen: Seen) -> Claim:
     """Whether the contrast that a validator claims is what its windows have."""
-    found = judge.on_windows_of(validator, windows, seen)
+    found = judge.on_windows_of(validator, seen)
     off = abs(found.contrast - claimed)
     passed = off <= CLAIM_TOLERANCE * abs(found.contrast) + CLAIM_ROUNDING * abs(found.credit)
-    return Claim(validator=validator, windows=windows, claimed=claimed, found=found.contrast, passed=passed)
+    return Claim(validator=validator, claimed=claimed, found=found.contrast, passed=passed)
 
 
 def credit(
@@ -302,26 +329,31 @@ def credit(
     terms: Terms,
     before: Paid,
     claim: Claim | None,
+    claimants: Sequence[str],
 ) -> tuple[CreditEntry, Paid]:
     """What is paid for a round. Of the emission each of `peers`, who contributed, gets its share by incentive, or the
-    part of that which `peers` says; of the validators' emission those who were found to evaluate when they were last
-    checked, by dividends."""
+    part of that which `peers` says. The validators' emission goes by dividends to this one, and to those `claimants`
+    who were found to evaluate when they were last checked, not too long ago."""
     incentive, dividends, bonds = consensus(opinions, terms.stake, before.bonds)
-    proven = {**before.proven, me: True}
+    checked = dict(before.checked)
     shares = _parts(terms.emission, {peer: value for peer, value in incentive.items() if peer in peers})
     if claim is not None:
-        proven[PeerId(claim.validator)] = claim.passed
+        who = PeerId(claim.validator)
+        checked[who] = checked.get(who, Checked(round_, 0)).again(round_, claim.passed)
+    others = len(claimants)
+    proven = {one for one in claimants if one in checked and checked[PeerId(one)].holds(round_, others)} | {me}
     entry = CreditEntry(
         module=module,
         round=round_,
         opinions={validator: {str(peer): w for peer, w in weights.items()} for validator, weights in opinions.items()},
         incentive={peer: value for peer, value in incentive.items() if value > 0},
         dividends={str(validator): value for validator, value in dividends.items()},
+        claimants=list(claimants),
         claim=claim,
         paid={peer: part for peer, share in shares.items() if (part := share * peers[PeerId(peer)]) > 0},
-        earned=_parts(terms.validator_emission, {one: value for one, value in dividends.items() if proven.get(one)}),
+        earned=_parts(terms.validator_emission, {one: value for one, value in dividends.items() if one in proven}),
     )
-    return entry, Paid(bonds, proven)
+    return entry, Paid(bonds, checked)
 
 
 def _parts(amount: float, worth: Mapping[PeerId, float]) -> dict[str, float]:
@@ -338,6 +370,8 @@ class Before:
     scores: list[ScoreEntry]
     standings: dict[PeerId, Standing]
     credits: list[CreditEntry]
+    #: Rounds judged since the last one that was paid.
+    owed: dict[Round, Owed]
 
     @classmethod
     def read(cls, ledger: Ledger, module: str, round_: Round | None) -> Before:
@@ -346,28 +380,42 @@ class Before:
         scores: list[ScoreEntry] = []
         standings: dict[PeerId, Standing] = {}
         credits: list[CreditEntry] = []
+        judged: dict[Round, tuple[RoundEntry, list[ScoreEntry]]] = {}
         for entry in ledger.entries():
             if entry.module != module or (round_ is not None and entry.round >= round_):
                 continue
             match entry:
                 case RoundEntry():
                     last, scores = entry, []
+                    judged[Round(entry.round)] = entry, scores
                 case ScoreEntry():
                     scores.append(entry)
                     standings[PeerId(entry.peer)] = entry.standing
                 case CreditEntry():
                     credits.append(entry)
-        standings = {peer: one for peer, one in standings.items() if one.missed < FORGOTTEN}
-        return cls(last, scores, standings, credits)
+                    # Rounds are paid in order.
+                    judged = {made: one for made, one in judged.items() if made > entry.round}
+        if last is not None:
+            now, shards = last.round, last.shards
+            standings = {peer: one for peer, one in standings.items() if remembered(one, now, shards)}
+        owed = {made: Owed(payable(found), head.beacon) for made, (head, found) in judged.items()}
+        return cls(last, scores, standings, credits, owed)
 
-    def contributions(self, archive: BlobStore, decode: Callable[[bytes], Contribution]) -> dict[PeerId, Contribution]:
+    def contributions(
+        self, archive: BlobStore, decode: Callable[[memoryview], Contribution]
+    ) -> dict[PeerId, Contribution]:
         """What came in the last round, as far as it is archived."""
-        named = {PeerId(one.peer): BlobId(one.blob) for one in self.scores if one.came and one.blob}
-        return {peer: decode(archive.read(blob)) for peer, blob in named.items() if archive.has(blob)}
+        kept = [one for one in self.scores if one.came and one.blob and archive.has(BlobId(one.blob))]
+        found = {}
+        for one in kept:
+            peer, blob = PeerId(one.peer), archive.read(BlobId(one.blob or ""))
+            found[peer] = decode(owned_by(blob, peer, one.module, Round(one.round)))
+        return found
 
     def paid(self, me: PeerId, terms: Terms) -> Paid:
         """What the payments leave for the next one."""
         paid = Paid()
         for one in self.credits:
-            _, paid = credit(one.module, Round(one.round), me, opinions_in(one), {}, terms, paid, one.claim)
+            round_ = Round(one.round)
+            _, paid = credit(one.module, round_, me, opinions_in(one), {}, terms, paid, one.claim, one.claimants)
         return paid

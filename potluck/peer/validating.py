@@ -38,6 +38,7 @@ from potluck.swarm.state import ReplicaState
 
 #: In a pipeline the other stages' states belong to a round's judgement: all are archived.
 SNAPSHOTS_IN_PIPELINES: Final = 1
+KEPT_STATES: Final = 2
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ class Bench:
         self._exchanges = {module: around.exchange() for module in whole.layouts}
         self._presences = {module: around.presence("validator") for module in whole.layouts}
         self._announcing: set[asyncio.Task[None]] = set()
-        #: Of each module, the latest that its group agreed on.
-        self._states: dict[str, ReplicaState] = {}
+        #: Of each module, the latest states that its group agreed on, by the round that they begin.
+        self._states: dict[str, dict[Round, ReplicaState]] = {module: {} for module in whole.layouts}
         self._followers = {module: self._follower(module) for module in whole.layouts}
 
     @classmethod
@@ -247,13 +248,19 @@ class Bench:
         velocity = layout.zeros() if self._around.manifest.outer.momentum > 0 else None
         return ReplicaState(module, layout, Round(0), layout.zeros(), velocity)
 
-    def _beside(self, module: str) -> dict[str, ReplicaState] | None:
-        """The other modules' latest states; None until all have come."""
-        others = {name: state for name, state in self._states.items() if name != module}
-        return others if len(others) == len(self._followers) - 1 else None
+    def _beside(self, module: str, round_: Round) -> dict[str, ReplicaState] | None:
+        """The other modules' states at the beginning of a round: the same for all validators, in whatever order they
+        apply modules' rounds. None if one of them is not known."""
+        others = {name: states.get(round_) for name, states in self._states.items() if name != module}
+        known = {name: state for name, state in others.items() if state is not None}
+        return known if len(known) == len(others) else None
 
     async def _on_state(self, module: str, state: ReplicaState, residual: Flat | None) -> None:
-        self._states[module] = state
+        states = self._states[module]
+        states[state.round] = state
+        # The one that the next round begins with, and the one before: the other modules may be a round behind.
+        for old in sorted(states)[:-KEPT_STATES]:
+            del states[old]
         around, presence = self._around, self._presences[module]
         task = asyncio.create_task(presence.announce(state, 1, around.clock.now(), around.manifest.rounds.seconds))
         self._announcing.add(task)

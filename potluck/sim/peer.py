@@ -317,7 +317,7 @@ class SimPeer:
             now=clock.now,
             emit=self.emit,
             in_thread=at_once,
-            effort=Effort(windows=32, tests=8),
+            effort=Effort(windows=64, tests=8),
         )
         codec = make_codec(plan.codec, plan.codec_parameters)
         validator.resume(lambda blob: codec.decode(blob, world.layout))

@@ -21,6 +21,7 @@ from potluck.swarm.codecs import Codec
 from potluck.swarm.exchange import Exchange
 from potluck.swarm.fragments import decode_fragment, fragment_bytes
 from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.ownership import MARK_BYTES, owned_by
 from potluck.swarm.phases import Round, RoundClock
 
 #: A group may be this much larger than planned (estimates of the swarm's size lag behind) before members are left out.
@@ -147,11 +148,12 @@ class Puller:
             blob = await self._exchange.fetch(
                 BlobRef(BlobId(commit.blob), commit.size),
                 holders,
-                self._codec.max_bytes(self._layout),
+                MARK_BYTES + self._codec.max_bytes(self._layout),
                 max(0.05, pull_by - self._now()),
                 may_come=not late,
             )
-            view.contributions[peer] = await self._in_thread(self._codec.decode, blob, self._layout)
+            own = owned_by(blob, peer, self._module, Round(commit.round))
+            view.contributions[peer] = await self._in_thread(self._codec.decode, own, self._layout)
             view.missing.pop(peer, None)
             if drift and peer != self._peer:
                 await self._pull_fragment(peer, commit, holders, pull_by, view)

@@ -24,6 +24,7 @@ from potluck.swarm.follower import Follower, Following
 from potluck.swarm.fragments import encode_fragment
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult
+from potluck.swarm.ownership import marked
 from potluck.swarm.phases import Round, Window
 from potluck.swarm.pull import View
 from potluck.swarm.state import ReplicaState, witness
@@ -216,7 +217,7 @@ class GossipReplica(Follower):
             return
         blob, contribution = encoded
         mine.contribution = contribution
-        ref = await self._exchange.offer(blob, window.commit_by)
+        ref = await self._exchange.offer(marked(blob, self.peer, self.module, window.round), window.commit_by)
         fragment = None
         if self.shards > 1:
             theta, fragments = self._state.theta, self.rules.fragments

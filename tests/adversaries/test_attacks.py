@@ -69,3 +69,12 @@ def test_claimed_tokens_and_split_identities_earn_nothing_more() -> None:
     honest = statistics.median(earned[peer] for peer in range(4))
     assert sum(earned.get(number, 0.0) for number in range(5, 9)) < honest
     assert earned.get(4, 0.0) == 0, "who claims other tokens than its steps have is left out by everybody"
+
+
+def test_who_commits_to_anothers_contribution_harms_nobody_but_itself() -> None:
+    """Where computation cannot be tested, nobody could tell whose bytes they are, were they not marked."""
+    report = attacked("copy_commit", model="quadratic", codec="int8")
+    earned = amounts(report, "paid", report.scores[-1]["validator"])
+    usual = statistics.median(earned[peer] for peer in range(HONEST))
+    assert min(earned[peer] for peer in range(HONEST)) > 0.5 * usual
+    assert earned.get(HONEST, 0.0) == 0

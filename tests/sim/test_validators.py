@@ -18,7 +18,7 @@ from potluck.incentives.audit import Audit, Rules, audit
 from potluck.incentives.entries import CreditEntry, RoundEntry
 from potluck.incentives.judge import Judge
 from potluck.incentives.ledger import Ledger
-from potluck.incentives.validator import Terms
+from potluck.incentives.validator import Terms, Validator
 from potluck.net.blobs import BlobId, BlobStore
 from potluck.sim.peer import identity_of
 from potluck.sim.plan import Plan
@@ -92,6 +92,21 @@ def test_credit_is_paid_for_every_round_in_proportion_to_incentive(disks: Path) 
     with Books(one, disks, 6).ledger() as ledger:
         kinds = [type(entry) for entry in ledger.entries()]
     assert kinds.count(RoundEntry) == 10 and kinds.count(CreditEntry) == 9
+
+
+def test_a_round_that_a_validator_never_paid_is_found(disks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pay = Validator._pay
+
+    async def skipping(self: Validator) -> list[CreditEntry]:
+        self._unpaid.pop(Round(3), None)
+        return await pay(self)
+
+    monkeypatch.setattr(Validator, "_pay", skipping)
+    one = plan(rounds=8)
+    run(one)
+    books = Books(one, disks, 6)
+    assert books.audit(3).differences == ["a later round is paid, and this one never was"]
+    assert books.audit(4).differences == books.audit(7).differences == []
 
 
 def test_scores_do_not_part_the_replicas(disks: Path) -> None:

@@ -22,7 +22,7 @@ from pymerkle import InmemoryTree, SqliteTree, verify_inclusion
 from potluck.dht.manifest import RunId
 from potluck.errors import LedgerError, UserError
 from potluck.incentives import ledger as module
-from potluck.incentives.entries import AnyEntry, RoundEntry, ScoreEntry, Standing, encode
+from potluck.incentives.entries import AnyEntry, CreditEntry, RoundEntry, ScoreEntry, Standing, encode
 from potluck.incentives.ledger import (
     Consistency,
     Head,
@@ -35,7 +35,9 @@ from potluck.incentives.ledger import (
     compare_files,
     verify_file,
 )
+from potluck.incentives.validator import Before
 from potluck.net.identity import Identity, verify
+from potluck.swarm.phases import Round
 
 RUN = RunId("a" * 52)
 MANY = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -717,3 +719,26 @@ def test_entries_are_the_same_whoever_reads_them(store: Path, portable: Path) ->
             return list(ledger.entries())
 
     assert all_of(store) == all_of(portable)
+
+
+# ---- what a validator takes up ------------------------------------------------------------------------------
+
+
+def test_every_round_that_waited_for_weights_is_still_owed_after_a_restart(tmp_path: Path, identity: Identity) -> None:
+    def paid(number: int) -> CreditEntry:
+        return CreditEntry(module="model", round=number, opinions={}, incentive={}, paid={})
+
+    with Ledger.open(tmp_path / "ledger", RUN, identity) as ledger:
+        for number in range(5):
+            ledger.append([a_round(identity, number), score(identity, number, came=True)], 1_000 + number)
+        ledger.append([paid(0), paid(1)], 2_000)
+        before = Before.read(ledger, "model", None)
+    assert sorted(before.owed) == [2, 3, 4]
+    assert all(list(owed.peers) == [identity.peer_id] for owed in before.owed.values())
+    assert before.owed[Round(3)].beacon == "cc" * 32
+
+
+def test_lots_are_the_validators_own_and_never_change(tmp_path: Path, identity: Identity, stranger: Identity) -> None:
+    with Ledger.open(tmp_path / "a", RUN, identity) as one, Ledger.open(tmp_path / "b", RUN, stranger) as other:
+        assert one.lot(b"1") == one.lot(b"1") != other.lot(b"1")
+        assert len({one.lot(bytes([n])) % 4 for n in range(64)}) == 4

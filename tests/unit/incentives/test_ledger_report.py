@@ -246,7 +246,7 @@ def test_a_plot_is_an_image_and_without_matplotlib_the_fix_is_named(monkeypatch:
 def test_validators_are_listed_with_what_they_earned_and_their_checks() -> None:
     def paid(number: int, *, passed: bool, **earned: float) -> CreditEntry:
         names = {"anna": ANNA, "boris": BORIS}
-        claim = Claim(validator=BORIS, windows=8, claimed=1.0, found=1.0 if passed else 2.0, passed=passed)
+        claim = Claim(validator=BORIS, claimed=1.0, found=1.0 if passed else 2.0, passed=passed)
         return CreditEntry(
             module="model",
             round=number,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,12 +16,14 @@ from potluck.incentives.rating import Rating, rate
 from potluck.incentives.score import (
     FALSE_ALARM,
     FALSE_PASS,
+    FORGOTTEN,
     PLACES,
     Observation,
     advance,
     computation_evidence,
     fits_well,
     likelihood_ratio,
+    remembered,
     score,
     shares,
 )
@@ -122,6 +125,39 @@ def test_a_newcomer_reaches_its_fair_share_within_ten_rounds() -> None:
     old, new = live([GOOD] * 100), live([GOOD] * 10)
     assert score(new).score >= 0.95 * score(old).score
     assert score(live([GOOD])).score < 0.15 * score(old).score
+
+
+def test_usefulness_is_the_mean_of_the_first_ten_rounds_and_then_moves_by_a_tenth() -> None:
+    rounds = [replace(GOOD, relative=float(value)) for value in np.random.default_rng(0).uniform(0.5, 1.5, 10)]
+    ten = live(rounds)
+    assert ten.usefulness == pytest.approx(np.mean([one.relative for one in rounds]))
+    later = advance(ten, replace(GOOD, relative=2.0), 10, Rating())
+    assert later.usefulness == pytest.approx(0.9 * ten.usefulness + 0.1 * 2.0)
+
+
+def test_what_is_refused_was_worth_nothing() -> None:
+    good, refused = live([GOOD] * 20), Observation(refused=True)
+    assert advance(good, refused, 20, Rating()).usefulness == pytest.approx(0.7)
+    assert live([refused] * 5).usefulness == 0.0 and live([refused] * 5).seen == 5
+    assert live([refused] * 5, good, 20).missed == 0, "it came"
+
+
+def test_who_turns_useless_or_harmful_has_a_tenth_of_its_weight_after_four_rounds() -> None:
+    for turned in (replace(GOOD, relative=0.0), replace(GOOD, relative=-1.0, alignment=-0.01)):
+        after = score(live([turned] * 4, live([GOOD] * 20), 20)).score
+        assert after**2 < 0.1
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_who_was_not_seen_for_long_is_forgotten_in_whatever_group_it_was(shards: int) -> None:
+    standing = live([GOOD])
+    assert remembered(standing, 2 * FORGOTTEN * shards - 1, shards)
+    assert not remembered(standing, 2 * FORGOTTEN * shards, shards)
+    assert not remembered(replace_missed(standing, FORGOTTEN), 1, shards)
+
+
+def replace_missed(standing: Standing, missed: int) -> Standing:
+    return msgspec.structs.replace(standing, missed=missed)
 
 
 def test_an_ex_top_peer_that_left_decays_within_ten_rounds() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
 from potluck.incentives.entries import Claim, ScoreEntry, Standing
-from potluck.incentives.validator import Paid, Terms, credit, payable
+from potluck.incentives.validator import CHECK_ROUNDS, Paid, Terms, credit, payable
 from potluck.net.host import PeerId
 from potluck.net.identity import peer_id_of
 from potluck.swarm.phases import Round
@@ -22,7 +24,7 @@ def score(peer: PeerId, verdict: int, came: bool = True, refused: str = "", **fa
 
 
 def claim(validator: PeerId, passed: bool) -> Claim:
-    return Claim(validator=validator, windows=8, claimed=1.0, found=1.0 if passed else 2.0, passed=passed)
+    return Claim(validator=validator, claimed=1.0, found=1.0 if passed else 2.0, passed=passed)
 
 
 def test_who_has_shown_little_is_paid_little_of_its_share() -> None:
@@ -37,16 +39,38 @@ def test_who_has_shown_little_is_paid_little_of_its_share() -> None:
     peers = payable(scores)
     assert peers == {ANNA: 1.0, BORIS: 0.25, CARLA: 1.0, DORA: 0.0}
     opinions = {one: {**WEIGHTS, DORA: 0.0} for one in TERMS.stake}
-    entry, _ = credit("m", Round(1), ME, opinions, peers, TERMS, Paid(), None)
+    entry, _ = credit("m", Round(1), ME, opinions, peers, TERMS, Paid(), None, [])
     assert entry.paid == pytest.approx({ANNA: 50.0, BORIS: 7.5, CARLA: 20.0})
 
 
-def test_a_validator_earns_from_its_first_passed_check_to_its_next_failed_one() -> None:
+def pay(rounds: Iterable[tuple[int, Claim | None, list[PeerId]]]) -> list[dict[str, float]]:
+    """What validators earn: (round, check, who claims to have evaluated), one after another."""
     opinions = {one: WEIGHTS for one in TERMS.stake}
-    claims = [None, claim(OTHER, True), None, claim(THIRD, True), claim(OTHER, False), None, claim(OTHER, True)]
     before, earned = Paid(), []
-    for number, one in enumerate(claims):
-        entry, before = credit("m", Round(number), ME, opinions, payable([]), TERMS, before, one)
+    for number, one, claimants in rounds:
+        entry, before = credit("m", Round(number), ME, opinions, payable([]), TERMS, before, one, claimants)
         earned.append({peer: round(amount, 3) for peer, amount in entry.earned.items()})
-    two, three, without = {ME: 4.5, OTHER: 4.5}, {ME: 3.0, OTHER: 3.0, THIRD: 3.0}, {ME: 4.5, THIRD: 4.5}
-    assert earned == [{ME: 9.0}, two, two, three, without, without, three]
+    return earned
+
+
+ALL_OTHERS = [OTHER, THIRD]
+ONE, TWO, THREE = {ME: 9.0}, {ME: 4.5, OTHER: 4.5}, {ME: 3.0, OTHER: 3.0, THIRD: 3.0}
+
+
+def test_a_validator_earns_from_its_first_passed_check_to_a_failed_one_and_then_after_two() -> None:
+    passes, fails = claim(OTHER, True), claim(OTHER, False)
+    checks = [None, passes, None, claim(THIRD, True), fails, None, passes, passes]
+    without = {ME: 4.5, THIRD: 4.5}
+    earned = pay((number, one, ALL_OTHERS) for number, one in enumerate(checks))
+    assert earned == [ONE, TWO, TWO, THREE, without, without, without, THREE]
+
+
+def test_who_passed_once_and_then_claims_nothing_earns_nothing() -> None:
+    rounds = [(1, claim(OTHER, True), ALL_OTHERS), (2, claim(THIRD, True), ALL_OTHERS), (3, None, [THIRD])]
+    assert pay(rounds) == [TWO, THREE, {ME: 4.5, THIRD: 4.5}]
+
+
+def test_a_check_is_not_good_for_ever() -> None:
+    late = CHECK_ROUNDS * 3
+    rounds = [(1, claim(OTHER, True), ALL_OTHERS), (1 + late, None, ALL_OTHERS), (2 + late, None, ALL_OTHERS)]
+    assert pay(rounds) == [TWO, TWO, ONE]

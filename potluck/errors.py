@@ -3,6 +3,8 @@
     PotluckError                      exit code
     ├── UserError                         2    a setting is wrong: the message names the setting and the fix
     │   ├── IdentityError                 3    key file unreadable, corrupt, readable by others, in use
+    │   │   └── BackupError                    a backup or a recovery phrase that is damaged, foreign or hostile
+    │   │       └── WrongPassphrase            the backup is whole, and this passphrase does not open it
     │   ├── ManifestError                 4    manifest or invite corrupt, foreign, unknown, out of bounds
     │   └── HardwareError                 5    a device or an amount of memory or disk that is not there
     ├── NetworkError                      6    nobody reachable, bootstrap failed, port in use
@@ -38,6 +40,14 @@ class UserError(PotluckError):
 
 class IdentityError(UserError):
     exit_code = 3
+
+
+class BackupError(IdentityError):
+    pass
+
+
+class WrongPassphrase(BackupError):
+    pass
 
 
 class ManifestError(UserError):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from potluck.cli.daemon import hand_over
 from potluck.cli.options import (
     AnnounceOption,
     DataOption,
@@ -16,6 +17,7 @@ from potluck.cli.options import (
     ListenOption,
     LoopbackOption,
     NameOption,
+    OfDaemonOption,
     QuotaOption,
     RoundsOption,
     StageOption,
@@ -38,6 +40,7 @@ def host(
     upload_limit: UploadOption = None,
     rounds: RoundsOption = None,
     loopback: LoopbackOption = False,
+    of_daemon: OfDaemonOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start a run: sign the manifest, print the invite, and train as its first peer.
@@ -49,6 +52,8 @@ def host(
     """
     from potluck.cli.session import run_peer
 
+    if of_daemon is None and hand_over(home, "host"):
+        return
     run_peer(
         lambda peer: peer.host(manifest),
         home=home,
@@ -63,5 +68,6 @@ def host(
         upload_limit=upload_limit,
         rounds=rounds,
         loopback=loopback,
+        halvings=of_daemon or 0,
         as_json=as_json,
     )

@@ -16,7 +16,9 @@ import typer
 from potluck import __version__
 from potluck.cli import (
     audit,
+    daemon,
     demo,
+    doctor,
     export,
     fetch,
     generate,
@@ -25,7 +27,9 @@ from potluck.cli import (
     join,
     leave,
     ledger,
+    limits,
     run_new,
+    service,
     simulate,
     status,
     validate,
@@ -37,7 +41,7 @@ app = typer.Typer(
     name="potluck",
     help="Volunteer, peer-to-peer training of large models.\n\n"
     "Start a run:   potluck run new my-run.toml && potluck host my-run.toml\n\n"
-    "Join one:      potluck join 'potluck:...'\n\n"
+    "Join one:      potluck doctor 'potluck:...' && potluck join 'potluck:...'\n\n"
     "See it work:   potluck demo\n\n"
     "Exit codes: 0 done, 1 a bug, 2 a wrong setting, 3 identity, 4 manifest or invite, 5 hardware, 6 network, "
     "7 a peer broke the protocol, 8 clock, 9 a checkpoint or state does not load, 10 a ledger does not hold, 130 "
@@ -50,23 +54,36 @@ app = typer.Typer(
 runs = typer.Typer(help="Runs: `potluck run new` writes a manifest to start one from.", no_args_is_help=True)
 app.add_typer(runs, name="run")
 runs.command("new")(run_new.run_new)
-identities = typer.Typer(help="This home's identity.", no_args_is_help=True)
+identities = typer.Typer(help="This home's identity: show it, back it up, restore it.", no_args_is_help=True)
 app.add_typer(identities, name="identity")
-identities.command("show")(identity.show)
-identities.callback()(lambda: None)
+for verb in (identity.show, identity.backup, identity.restore):
+    identities.command()(verb)
 ledgers = typer.Typer(help="A validator's ledger: who earned what, why, and whether it holds.", no_args_is_help=True)
 app.add_typer(ledgers, name="ledger")
 ledgers.command("audit")(audit.audit)
 ledgers.command("fetch")(fetch.fetch)
 for view in (ledger.show, ledger.peer, ledger.explain, ledger.verify, ledger.prove, ledger.export):
     ledgers.command()(view)
+bounds = typer.Typer(help="When, and how much of the machine, the daemon may use.", no_args_is_help=True)
+app.add_typer(bounds, name="limits")
+bounds.command("show")(limits.show)
+bounds.command("set")(limits.set_)
+services = typer.Typer(help="The daemon as a service that starts with the machine.", no_args_is_help=True)
+app.add_typer(services, name="service")
+for act in (service.install, service.remove, service.status):
+    services.command()(act)
 COMMANDS: tuple[Callable[..., None], ...] = (
     host.host,
     join.join,
+    doctor.doctor,
     validate.validate,
     status.status,
     why.why,
     leave.leave,
+    daemon.daemon,
+    daemon.pause,
+    daemon.resume,
+    daemon.finish,
     export.export,
     generate.generate,
     simulate.simulate,

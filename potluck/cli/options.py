@@ -52,6 +52,10 @@ UploadOption = Annotated[
     str | None, typer.Option("--upload-limit", help="Cap on serving contributions, per second, e.g. 2MB.")
 ]
 RoundsOption = Annotated[int | None, typer.Option("--rounds", min=1, help="Leave after this many rounds.")]
+OfDaemonOption = Annotated[
+    int | None,
+    typer.Option("--of-daemon", min=0, max=16, hidden=True, help="A worker: halve the micro-batch so often."),
+]
 LoopbackOption = Annotated[
     bool, typer.Option("--loopback", help="Listen on this machine only (for trying things out).")
 ]

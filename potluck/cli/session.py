@@ -17,6 +17,7 @@ from potluck.cli.options import parse_bytes
 from potluck.errors import UserError
 
 if TYPE_CHECKING:
+    from potluck.peer.node import NetworkSettings
     from potluck.peer.worker import Peer, Run
 
 #: Ctrl-C and SIGTERM end the process within five seconds, whatever a step or the network does.
@@ -46,35 +47,19 @@ def run_peer(
     upload_limit: str | None,
     rounds: int | None,
     loopback: bool,
+    halvings: int = 0,
     as_json: bool,
 ) -> None:
     """Train, or validate, until the run is left. Errors of the peer propagate."""
-    quota = parse_bytes("--disk-quota", disk_quota)
-    upload = parse_bytes("--upload-limit", upload_limit) if upload_limit else None
-    if quota < MIN_QUOTA:
-        raise UserError(f"--disk-quota {disk_quota!r}: at least 1MB; contributions need some room")
-    for option, given in (("--listen", listen), ("--announce", announce)):
-        for address in given or []:
-            if not address.startswith(("/ip4/", "/ip6/", "/dns")):
-                raise UserError(f"{option} {address!r}: give a multiaddr like /ip4/0.0.0.0/tcp/4001")
-    if upload is not None and upload < MIN_UPLOAD:
-        raise UserError(f"--upload-limit {upload_limit!r}: at least 10KB; a peer that serves nothing cannot contribute")
+    check_network_options(listen, announce, disk_quota, upload_limit)
     if not as_json and sys.stderr.isatty():
         print("loading...", file=sys.stderr)
     import uvloop
 
     from potluck.peer.home import default_home
-    from potluck.peer.node import NetworkSettings
     from potluck.peer.worker import PeerSettings
 
-    addresses = tuple(listen or (["/ip4/127.0.0.1/tcp/0"] if loopback else ["/ip4/0.0.0.0/tcp/0"]))
-    network = NetworkSettings(
-        listen=addresses,
-        announce=tuple(announce or ()),
-        disk_quota=quota,
-        upload=upload,
-        nat_port_map=not loopback,
-    )
+    network = network_settings(listen, announce, disk_quota, upload_limit, loopback)
     if train_only and stage is not None:
         raise UserError("--train-only and --stage exclude each other: who only trains serves no stage")
     settings = PeerSettings(
@@ -86,9 +71,43 @@ def run_peer(
         train_only=train_only,
         validate=validate,
         archive_bytes=parse_bytes("--archive", archive),
+        halvings=halvings,
         network=network,
     )
     uvloop.run(_session(open_run, home or default_home(), settings, rounds, as_json))
+
+
+def check_network_options(
+    listen: list[str] | None, announce: list[str] | None, disk_quota: str, upload_limit: str | None
+) -> tuple[int, int | None]:
+    """(disk quota in bytes, cap on serving in bytes per second). Raises UserError that names the option."""
+    quota = parse_bytes("--disk-quota", disk_quota)
+    upload = parse_bytes("--upload-limit", upload_limit) if upload_limit else None
+    if quota < MIN_QUOTA:
+        raise UserError(f"--disk-quota {disk_quota!r}: at least 1MB; contributions need some room")
+    for option, given in (("--listen", listen), ("--announce", announce)):
+        for address in given or []:
+            if not address.startswith(("/ip4/", "/ip6/", "/dns")):
+                raise UserError(f"{option} {address!r}: give a multiaddr like /ip4/0.0.0.0/tcp/4001")
+    if upload is not None and upload < MIN_UPLOAD:
+        raise UserError(f"--upload-limit {upload_limit!r}: at least 10KB; a peer that serves nothing cannot contribute")
+    return quota, upload
+
+
+def network_settings(
+    listen: list[str] | None, announce: list[str] | None, disk_quota: str, upload_limit: str | None, loopback: bool
+) -> NetworkSettings:
+    """From the options that `host`, `join`, `validate` and `doctor` share. Raises UserError that names the option."""
+    quota, upload = check_network_options(listen, announce, disk_quota, upload_limit)
+    from potluck.peer.node import NetworkSettings
+
+    return NetworkSettings(
+        listen=tuple(listen or (["/ip4/127.0.0.1/tcp/0"] if loopback else ["/ip4/0.0.0.0/tcp/0"])),
+        announce=tuple(announce or ()),
+        disk_quota=quota,
+        upload=upload,
+        nat_port_map=not loopback,
+    )
 
 
 async def _session(

@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any
 
+from potluck.cli.daemon import ask_daemon
 from potluck.cli.display import megabytes
 from potluck.cli.options import HomeOption, JsonOption, RunOption
 from potluck.errors import NetworkError
@@ -20,13 +21,38 @@ def status(home: HomeOption = None, run: RunOption = None, as_json: JsonOption =
     from potluck.peer.home import Home, default_home
 
     where = Home(home or default_home())
-    folders = [where.find_run(run)] if run else where.runs() or [where.find_run()]
+    daemon = ask_daemon(where, "status")
+    if daemon and not as_json:
+        print(daemon_line(daemon))
+    kept = {one["run"]: one for one in daemon["runs"]} if daemon else {}
+    folders = [where.find_run(run)] if run else where.runs()
+    if not folders and not kept:
+        where.find_run()
     for folder in folders:
+        mine = kept.pop(folder.run_id, None)
         try:
             answer = asyncio.run(ask(folder.control_socket, "status"))
         except NetworkError as error:
-            answer = {"run": folder.run_id, "phase": "not running", "detail": str(error)}
+            detail = f"{mine['state']}: {mine['reason']}" if mine and mine["reason"] else str(error)
+            answer = {"run": folder.run_id, "phase": "not running", "detail": detail}
+        answer |= {"daemon": daemon and {**mine, "rule": daemon["rule"]} if mine else None}
         print(json.dumps(answer) if as_json else _text(answer))
+    for coming in [] if run else kept.values():
+        answer = {
+            "run": None,
+            "phase": "not running",
+            "detail": f"{coming['state']}: {coming['reason']}",
+            "daemon": coming,
+        }
+        print(json.dumps(answer) if as_json else f"{' '.join(coming['arguments'][:2])[:60]}: {detail}")
+
+
+def daemon_line(daemon: dict[str, Any]) -> str:
+    """Whether it works, or by which rule it does not."""
+    if daemon["works"]:
+        return "daemon     works"
+    until = f", until {daemon['until']}" if daemon["until"] else ""
+    return f"daemon     paused by {daemon['rule']}: {daemon['reason']}{until}"
 
 
 def _pipeline(pipeline: Any) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from potluck.cli.daemon import hand_over
 from potluck.cli.options import (
     AnnounceOption,
     DataOption,
@@ -15,6 +16,7 @@ from potluck.cli.options import (
     ListenOption,
     LoopbackOption,
     NameOption,
+    OfDaemonOption,
     QuotaOption,
     RoundsOption,
     ThreadsOption,
@@ -36,6 +38,7 @@ def validate(
     upload_limit: UploadOption = None,
     rounds: RoundsOption = None,
     loopback: LoopbackOption = False,
+    of_daemon: OfDaemonOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a run's contributions and write the ledger, until you leave (Ctrl-C, or `potluck leave`).
@@ -48,6 +51,8 @@ def validate(
     """
     from potluck.cli.session import run_peer
 
+    if of_daemon is None and hand_over(home, "validate"):
+        return
     run_peer(
         lambda peer: peer.join(invite),
         home=home,
@@ -64,5 +69,6 @@ def validate(
         upload_limit=upload_limit,
         rounds=rounds,
         loopback=loopback,
+        halvings=of_daemon or 0,
         as_json=as_json,
     )

@@ -6,7 +6,9 @@ import asyncio
 import json
 from typing import Any
 
+from potluck.cli.daemon import ask_daemon
 from potluck.cli.options import HomeOption, JsonOption, RunOption
+from potluck.cli.status import daemon_line
 
 
 def why(home: HomeOption = None, run: RunOption = None, as_json: JsonOption = False) -> None:
@@ -17,7 +19,18 @@ def why(home: HomeOption = None, run: RunOption = None, as_json: JsonOption = Fa
     from potluck.peer.control import ask
     from potluck.peer.home import Home, default_home
 
-    answer = asyncio.run(ask(Home(home or default_home()).find_run(run).control_socket, "why"))
+    where = Home(home or default_home())
+    daemon = ask_daemon(where, "status")
+    if daemon and not daemon["works"]:
+        print(json.dumps({"phase": "paused", **daemon}) if as_json else daemon_line(daemon))
+        return
+    folder = where.find_run(run)
+    kept = next((one for one in daemon["runs"] if one["run"] == folder.run_id), None) if daemon else None
+    if kept and not kept["pid"]:
+        text = f"{kept['state']}: {kept['reason']}"
+        print(json.dumps({"phase": kept["state"], **kept}) if as_json else text)
+        return
+    answer = asyncio.run(ask(folder.control_socket, "why"))
     print(json.dumps(answer) if as_json else _text(answer))
 
 

@@ -26,6 +26,7 @@ _FILE_PREFIX = bytes.fromhex("08011240")
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
 _KEY_BYTES = 32
 _FILE_BYTES = len(_FILE_PREFIX) + 2 * _KEY_BYTES
+_RESTORE = "restore it from a backup (`potluck identity restore`)"
 
 
 def peer_id_of(public_key: bytes) -> PeerId:
@@ -74,21 +75,34 @@ class Identity:
         """64 bytes of Ed25519 signature."""
         return self._private_key.sign(message)
 
+    @property
+    def seed(self) -> bytes:
+        """The private half, 32 bytes, from which all else follows: for backups only."""
+        return self._private_key.private_bytes_raw()
+
     @classmethod
     def create(cls, path: Path) -> Identity:
         """A new key in a new file of mode 0600. Raises IdentityError if there is one: never replaced."""
-        private_key = Ed25519PrivateKey.generate()
+        return cls._write(path, Ed25519PrivateKey.generate())
+
+    @classmethod
+    def restore(cls, path: Path, seed: bytes) -> Identity:
+        """The key of a 32-byte `seed`, written as by `create`."""
+        return cls._write(path, Ed25519PrivateKey.from_private_bytes(seed))
+
+    @classmethod
+    def _write(cls, path: Path, private_key: Ed25519PrivateKey) -> Identity:
         content = _FILE_PREFIX + private_key.private_bytes_raw() + private_key.public_key().public_bytes_raw()
         # Written beside and linked into place: whoever sees the name sees the whole key, and one of two wins.
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             try:
-                _write_private(temporary, content)
+                write_private(temporary, content)
                 os.link(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         except FileExistsError as error:
             raise IdentityError(f"{path} exists already: a key is never overwritten; move it away first") from error
         except OSError as error:
@@ -103,17 +117,19 @@ class Identity:
                 mode = os.fstat(file.fileno()).st_mode
                 content = file.read(_FILE_BYTES + 1)
         except FileNotFoundError as error:
-            raise IdentityError(f"there is no key file {path}: restore it from a backup, or create one") from error
+            raise IdentityError(
+                f"there is no key file {path}: {_RESTORE}, or let `potluck identity show` make a new one"
+            ) from error
         except OSError as error:
             raise IdentityError(f"cannot read the key file {path}: {error.strerror or error}") from error
         if mode & 0o077:
             raise IdentityError(f"other users can read the key file {path}: run `chmod 600 {path}`")
         if len(content) != _FILE_BYTES or not content.startswith(_FILE_PREFIX):
-            raise IdentityError(f"{path} is not an Ed25519 key file or is damaged: restore it from a backup")
+            raise IdentityError(f"{path} is not an Ed25519 key file or is damaged: move it away, then {_RESTORE}")
         key = content[len(_FILE_PREFIX) :]
         identity = cls(path, Ed25519PrivateKey.from_private_bytes(key[:_KEY_BYTES]))
         if identity.public_key != key[_KEY_BYTES:]:
-            raise IdentityError(f"the halves of the key in {path} do not match: restore it from a backup")
+            raise IdentityError(f"the halves of the key in {path} do not match: move it away, then {_RESTORE}")
         return identity
 
     @classmethod
@@ -128,7 +144,8 @@ class Identity:
         return cls.load(path)
 
 
-def _write_private(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes) -> None:
+    """A new file of mode 0600, on the disk when this returns. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
@@ -136,7 +153,8 @@ def _write_private(path: Path, content: bytes) -> None:
         os.fsync(descriptor)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Names of files that are new in it are on the disk when this returns. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -8,7 +8,7 @@ import torch
 
 from potluck.dht.manifest import Manifest
 from potluck.errors import ManifestError
-from potluck.peer.hardware import check_fits, choose_device, fit_micro_batch, free_memory
+from potluck.peer.hardware import check_fits, choose_device, demands, fit_micro_batch, free_memory
 from potluck.swarm.data import Corpus, OnProgress, load_corpus
 from potluck.swarm.follower import RoundRules
 from potluck.swarm.layout import Layout
@@ -45,8 +45,10 @@ def build(
     own_manifest: bool,
     on_progress: OnProgress | None = None,
     name: str = MODULE,
+    halvings: int = 0,
 ) -> Parts:
-    """Seconds of work, for the module `name`. `data`: the volunteer's own source; `own_manifest`: it may name files.
+    """Seconds of work, for the module `name`. `data`: the volunteer's own source; `own_manifest`: it may name files;
+    `halvings`: of the micro-batch.
 
     Raises ManifestError, UserError (data) or HardwareError (device, memory).
     """
@@ -70,6 +72,7 @@ def build(
         )
         return Parts(stage_trainer, corpus, theta_0)
     micro_batch = fit_micro_batch(training.batch_size, manifest.data.sequence_length, module, where, training.optimizer)
+    micro_batch = max(1, micro_batch >> halvings)
     return Parts(LocalTrainer(module, manifest.training, where, micro_batch=micro_batch), corpus, theta_0)
 
 
@@ -94,10 +97,20 @@ def initial_state(manifest: Manifest, device: str = "cpu") -> ReplicaState:
 
 def check_memory(manifest: Manifest, device: torch.device, name: str = MODULE) -> None:
     """Raises HardwareError before a module is built that does not fit."""
+    check_fits(*_size(manifest, name), device)
+
+
+def memory_needed(manifest: Manifest, device: torch.device, name: str = MODULE) -> int:
+    """Bytes of main memory that a replica of a module takes, besides those on a GPU."""
+    return sum(needed for where, needed in demands(*_size(manifest, name), device) if where.type == "cpu")
+
+
+def _size(manifest: Manifest, name: str) -> tuple[int, str, int]:
+    """What memory goes by: parameters, optimizer, and dense contributions held at once."""
     dense = 1 if manifest.codec.name == "sparse" else MAX_OF_GROUP_SIZE * manifest.rounds.group_size
     spec = manifest.model
     parameters = stage_parameters(spec)[stage_names(spec.stages).index(name)] if spec.stages > 1 else None
-    check_fits(parameters or count_parameters(spec), manifest.training.optimizer, dense, device)
+    return parameters or count_parameters(spec), manifest.training.optimizer, dense
 
 
 def check_vocabulary(corpus: Corpus, module: torch.nn.Module) -> None:

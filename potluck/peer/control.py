@@ -21,7 +21,8 @@ MAX_LINE = 1 << 20
 MAX_SOCKET_PATH = 107
 TIMEOUT_SECONDS = 5.0
 
-Handler = Callable[[], Awaitable[dict[str, Any]]]
+#: Takes the request's arguments by name.
+Handler = Callable[..., Awaitable[dict[str, Any]]]
 
 
 class PeerHangs(NetworkError):
@@ -62,24 +63,30 @@ class ControlServer:
             request = json.loads(line) if line else {}
             name = request.get("command") if isinstance(request, dict) else None
             handler = self._commands.get(str(name))
-            answer = await handler() if handler else {"error": f"unknown command {name!r}"}
-            writer.write(encode_event(answer) + b"\n")
+            if handler is None:
+                raise NetworkError(f"unknown command {name!r}")
+            try:
+                calling = handler(**request.get("arguments", {}))
+            except TypeError:
+                raise UserError(f"{name}: wrong arguments") from None
+            writer.write(encode_event(await calling) + b"\n")
             await writer.drain()
         except (TimeoutError, ValueError, OSError):
             pass  # a local client that sends garbage or goes away concerns only itself
         except PotluckError as error:
-            writer.write(json.dumps({"error": str(error)}).encode() + b"\n")
+            writer.write(json.dumps({"error": str(error), "exit_code": error.exit_code}).encode() + b"\n")
         finally:
             writer.close()
 
 
-async def ask(path: Path, command: str, timeout_seconds: float = TIMEOUT_SECONDS) -> dict[str, Any]:
-    """Send one command to a running peer. Raises NetworkError if none runs or it does not answer."""
+async def ask(path: Path, command: str, timeout_seconds: float = TIMEOUT_SECONDS, **arguments: Any) -> dict[str, Any]:
+    """Send one command to a running peer or daemon. Raises NetworkError if none runs or it does not answer, UserError
+    if it says that the request is wrong."""
     try:
         async with asyncio.timeout(timeout_seconds):
             reader, writer = await asyncio.open_unix_connection(str(path), limit=MAX_LINE)
             try:
-                writer.write(json.dumps({"command": command}).encode() + b"\n")
+                writer.write(json.dumps({"command": command, "arguments": arguments}).encode() + b"\n")
                 answer = json.loads(await reader.readline())
             finally:
                 writer.close()
@@ -88,5 +95,5 @@ async def ask(path: Path, command: str, timeout_seconds: float = TIMEOUT_SECONDS
     except (OSError, ValueError):
         raise NetworkError("no peer is running for this run: start one with `potluck join`") from None
     if "error" in answer:
-        raise NetworkError(str(answer["error"]))
+        raise (UserError if answer.get("exit_code") == UserError.exit_code else NetworkError)(str(answer["error"]))
     return dict(answer)

@@ -1,9 +1,16 @@
-"""The device a worker trains on, and how much fits on it."""
+"""The machine, the device a worker trains on, and how much fits on it."""
 
 from __future__ import annotations
 
 import math
+import os
+import platform
 import re
+import shutil
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -20,6 +27,86 @@ _VALUES_PER_HIDDEN = 17
 _BYTES_PER_PARAMETER = {"adamw": 16, "adamw8bit": 10}
 #: Share of the free memory that activations may take.
 _MEMORY_SHARE = 0.5
+_DRIVER_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A GPU that torch can use. Apple's share the main memory."""
+
+    device: str
+    name: str
+    memory_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`nvidia_driver`: its version, with or without a torch that can use it; `torch_cuda`: what torch was built for.
+    None: there is none."""
+
+    system: str
+    cpu: str
+    cores: int
+    threads: int
+    memory_bytes: int
+    free_bytes: int
+    accelerators: tuple[Accelerator, ...]
+    nvidia_driver: str | None
+    torch: str
+    torch_cuda: str | None
+
+
+def detect() -> Machine:
+    """Takes seconds where there is a GPU. `threads`: those that torch trains with."""
+    memory = psutil.virtual_memory()
+    return Machine(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=_cpu(),
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        memory_bytes=int(memory.total),
+        free_bytes=int(memory.available),
+        accelerators=tuple(_accelerators()),
+        nvidia_driver=_nvidia_driver(),
+        torch=str(torch.__version__),
+        torch_cuda=torch.version.cuda,
+    )
+
+
+def _cpu() -> str:
+    try:
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        model = None
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+def _accelerators() -> list[Accelerator]:
+    found = []
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            with suppress(RuntimeError):  # one that fell off its bus, or that another process has for itself
+                free, total = torch.cuda.mem_get_info(number)
+                found.append(Accelerator(f"cuda:{number}", torch.cuda.get_device_name(number), total, free))
+    if torch.backends.mps.is_available():
+        memory = psutil.virtual_memory()
+        found.append(Accelerator("mps", "Apple GPU", int(memory.total), int(memory.available)))
+    return found
+
+
+def _nvidia_driver() -> str | None:
+    """Its version."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    version = done.stdout.strip().splitlines()
+    return version[0].strip() if done.returncode == 0 and version else None
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -38,17 +125,22 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def check_fits(parameters: int, optimizer: str, contributions: int, device: torch.device) -> None:
-    """Raises HardwareError if parameters, gradients, optimizer and the exchange do not fit, before anything is built.
+def demands(
+    parameters: int, optimizer: str, contributions: int, device: torch.device
+) -> list[tuple[torch.device, int]]:
+    """Bytes for parameters, gradients, optimizer and the exchange, and on which device.
 
     `contributions`: decoded dense contributions that are held while they are aggregated.
     """
     on_device = parameters * _BYTES_PER_PARAMETER[optimizer]
     # The round's base parameters and momentum, those of the next, and the contributions lie in main memory.
-    on_host = 4 * parameters * (4 + contributions)
-    demands = [(device, on_device)] if device.type != "cpu" else []
-    demands.append((torch.device("cpu"), on_host if demands else on_host + on_device))
-    for where, needed in demands:
+    on_host, host = 4 * parameters * (4 + contributions), torch.device("cpu")
+    return [(host, on_host + on_device)] if device.type == "cpu" else [(device, on_device), (host, on_host)]
+
+
+def check_fits(parameters: int, optimizer: str, contributions: int, device: torch.device) -> None:
+    """Raises HardwareError if what a replica `demands` is not free, before anything is built."""
+    for where, needed in demands(parameters, optimizer, contributions, device):
         free = free_memory(where)
         if needed > free:
             raise HardwareError(

@@ -1,6 +1,7 @@
 """A peer's home folder: everything it keeps, in one place.
 
 identity.key                 the Ed25519 key (mode 0600)
+backups.json                 when and where backups of it were made from here
 runs/<run id>/               one folder per run
     manifest.bin             the signed manifest
     lock                     held by the process that trains
@@ -9,7 +10,10 @@ runs/<run id>/               one folder per run
     ledger.sqlite            of a validator: its ledger
     peers.json, listen.json  addresses that answered last time, and our own
     events.jsonl             the log (rotated at 16 MB)
-s/<8 characters of run id>/  control sockets (mode 0700), gone when the process ends
+limits.toml                  when, and how much of the machine, the daemon may use
+runs.json, traffic.json      of the daemon: the runs that it keeps going, and bytes sent this month
+daemon.jsonl, daemon.lock    its log, and what only one process holds
+s/daemon/, s/<8 characters of run id>/   control sockets (mode 0700), gone when the process ends
 """
 
 from __future__ import annotations
@@ -18,14 +22,14 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
 import platformdirs
 
 from potluck.dht.manifest import RunId, SignedManifest, parse_run_id
-from potluck.errors import ManifestError, StateError, UserError
+from potluck.errors import IdentityError, ManifestError, StateError, UserError
 from potluck.net.identity import Identity
 
 
@@ -46,6 +50,10 @@ class RunFolder:
 
     def checkpoints(self, module: str) -> Path:
         return self.path / "checkpoints" / module.replace("/", "_")
+
+    def held(self, modules: Sequence[str]) -> set[str]:
+        """Those of which a checkpoint lies here."""
+        return {module for module in modules if any(self.checkpoints(module).glob("round-*"))}
 
     @property
     def control_socket(self) -> Path:
@@ -106,25 +114,48 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Held while a process trains this run. Raises UserError if another one does."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "lock").open("w")
-        except OSError as error:
-            raise UserError(f"--home: cannot use {self.path}: {error.strerror}") from None
-        with file as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"another potluck process already takes part in run {self.run_id[:8]} with this home; "
-                    "see `potluck status`, or use another --home"
-                ) from None
+        taken = (
+            f"another potluck process already takes part in run {self.run_id[:8]} with this home; "
+            "see `potluck status`, or use another --home"
+        )
+        with _lock(self.path / "lock", taken):
             yield
+
+    @contextmanager
+    def left_alone(self) -> Iterator[bool]:
+        """False if a process takes part in this run with this home. While this lasts, none begins to."""
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context((self.path / "lock").open())
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            except OSError:
+                pass  # it never took part
+            yield True
+
+
+class BackupNote(msgspec.Struct):
+    """The latest backups of a key that were made from this home, in UTC seconds; they may be gone by now."""
+
+    peer: str
+    file: str | None = None
+    file_at: float | None = None
+    phrase_at: float | None = None
 
 
 class Home:
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser().absolute()
+        self.key_path = self.path / "identity.key"
+        self.daemon_socket = self.path / "s" / "daemon" / "control.sock"
+
+    @contextmanager
+    def locked_daemon(self) -> Iterator[None]:
+        """Held by the home's daemon. Raises UserError if there is one already."""
+        with _lock(self.path / "daemon.lock", f"a daemon runs in {self.path} already: see `potluck status`"):
+            yield
 
     def open(self) -> Home:
         """Create the folder. Raises UserError where that fails."""
@@ -137,7 +168,52 @@ class Home:
         return self
 
     def identity(self) -> Identity:
-        return Identity.load_or_create(self.path / "identity.key")
+        return Identity.load_or_create(self.key_path)
+
+    def restore_identity(self, seed: bytes) -> tuple[Identity, bool]:
+        """Make the key of `seed` this home's. Returns it, and whether it is new here: to restore it again is safe.
+        Raises IdentityError if there is another key, UserError if the home cannot be used."""
+        self.open()
+        try:
+            return Identity.restore(self.key_path, seed), True
+        except IdentityError:
+            if not self.key_path.exists():
+                raise
+        found = Identity.load(self.key_path)
+        if found.seed != seed:
+            raise IdentityError(
+                f"{self.key_path} holds another key ({found.peer_id}), which is not replaced: move it away first, or "
+                "restore into another --home"
+            )
+        return found, False
+
+    def check_idle(self) -> None:
+        """Raises UserError if a daemon runs here, or a process takes part in a run with this home."""
+        for path in (self.path / "daemon.lock", *(self.path / "runs").glob("*/lock")):
+            try:
+                with path.open() as lock:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                raise UserError(
+                    f"a peer is running in {self.path} (it holds {path.relative_to(self.path)}): stop it first, "
+                    "see `potluck status`, or name another --home"
+                ) from None
+            except OSError as error:
+                raise UserError(f"--home: cannot use {path}: {error.strerror}") from None
+
+    def backups(self, peer: str) -> BackupNote:
+        """What backups of this peer's key were made from here. Blank if none was, or the note is damaged."""
+        try:
+            note = msgspec.json.decode((self.path / "backups.json").read_bytes(), type=BackupNote)
+        except (OSError, msgspec.MsgspecError):
+            return BackupNote(peer)
+        return note if note.peer == peer else BackupNote(peer)
+
+    def note_backup(self, note: BackupNote) -> None:
+        """Raises UserError where it cannot be written."""
+        write_atomically(self.path / "backups.json", msgspec.json.encode(note))
 
     def run(self, run_id: RunId) -> RunFolder:
         return RunFolder(self.path, run_id)
@@ -163,6 +239,22 @@ class Home:
         if prefix and len(runs) > 1:
             raise UserError(f"{prefix!r} fits {len(runs)} runs: give more characters of the run id")
         return runs[0]
+
+
+@contextmanager
+def _lock(path: Path, taken: str) -> Iterator[None]:
+    """Raises UserError, saying `taken`, if another process holds it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"--home: cannot use {path.parent}: {error.strerror}") from None
+    with file as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(taken) from None
+        yield
 
 
 def write_atomically(path: Path, content: bytes) -> None:

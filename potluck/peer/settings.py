@@ -12,7 +12,8 @@ from potluck.peer.node import NetworkSettings
 @dataclass(frozen=True)
 class PeerSettings:
     """`stage`: of a pipeline, the one to serve for good; None: where one more is missed most, and it may change.
-    `train_only`: serve none, and train through the others' stages. `validate`: train nothing, score the others."""
+    `train_only`: serve none, and train through the others' stages. `validate`: train nothing, score the others.
+    `halvings`: of the micro-batch that seems to fit, as it turned out not to."""
 
     name: str = ""
     device: str = "auto"
@@ -23,5 +24,6 @@ class PeerSettings:
     validate: bool = False
     archive_bytes: int = 20 * 10**9
     keep_checkpoints: int = 3
+    halvings: int = 0
     on_event: Callable[[dict[str, Any]], None] | None = None
     network: NetworkSettings = field(default_factory=NetworkSettings)

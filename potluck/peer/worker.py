@@ -110,7 +110,7 @@ class Peer:
         for folder in self.home.runs():
             signed = folder.manifest()
             if signed and same_draft(signed.manifest, unsigned):
-                if _held(folder, signed.manifest):
+                if folder.held(stage_names(signed.manifest.model.stages)):
                     return folder
                 with folder.locked():
                     folder.remove()
@@ -224,7 +224,7 @@ class Run:
                 around.peer,
                 self.manifest.model,
                 self.settings.stage,
-                _held(self.folder, self.manifest),
+                self.folder.held(stage_names(self.manifest.model.stages)),
                 partial(check_memory, self.manifest, device),
             )
             self.events.emit("peer.stage.chosen", module=module)
@@ -270,6 +270,7 @@ class Run:
             own_manifest=self.manifest.organizer == self.identity.peer_id,
             on_progress=self._on_reading,
             name=module,
+            halvings=self.settings.halvings,
         )
 
     def _make_seat(self, around: Around, module: str, parts: Parts) -> Seat:
@@ -605,12 +606,6 @@ class Run:
         self.events.emit("peer.phase", phase=phase, waiting_for=what, at_most_seconds=seconds)
         with self.waits.waiting(what, self.clock.now() + seconds, then):
             yield
-
-
-def _held(folder: RunFolder, manifest: Manifest) -> set[str]:
-    """Modules of which a checkpoint lies here."""
-    names = stage_names(manifest.model.stages)
-    return {name for name in names if any(folder.checkpoints(name).glob("round-*"))}
 
 
 __all__ = ["Peer", "PeerSettings", "Run"]

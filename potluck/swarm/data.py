@@ -108,9 +108,7 @@ def load_corpus(
     files: local paths need the volunteer's own word (`own_manifest` or `override`), else ManifestError.
     """
     source = override or spec.source
-    if not (override or own_manifest):
-        _refuse_local_files(source)
-        _refuse_local_files(spec.tokenizer)
+    check_may_read(spec, override, own_manifest)
     train: list[np.ndarray] = []
     held_out: list[np.ndarray] = []
     tokenize = _tokenizer(spec.tokenizer)
@@ -125,6 +123,13 @@ def load_corpus(
     if corpus.train.size < need or corpus.held_out.size < need:
         raise UserError(f"data.source {source!r} holds too little text for sequences of {spec.sequence_length} tokens")
     return corpus
+
+
+def check_may_read(spec: DataSpec, override: str | None, own_manifest: bool) -> None:
+    """Raises ManifestError if the manifest names this machine's files and nobody here said so. Reads nothing."""
+    if not (override or own_manifest):
+        _refuse_local_files(spec.source)
+        _refuse_local_files(spec.tokenizer)
 
 
 def _refuse_local_files(source: str) -> None:

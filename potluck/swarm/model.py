@@ -54,20 +54,26 @@ def transformers_config(spec: ModelSpec) -> Any:
         raise ManifestError(f"model.config: {error}") from None
 
 
-def count_parameters(spec: ModelSpec) -> int:
-    """How many the model has, without allocating them. Raises ManifestError if it cannot be built or has too many."""
+def skeleton(spec: ModelSpec) -> nn.Module:
+    """The whole model on the meta device: shapes, no memory. Raises ManifestError if it cannot be built, or is too
+    large."""
     from transformers import AutoModelForCausalLM
 
     config = transformers_config(spec)
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:
         raise ManifestError(f"model.config: transformers cannot build this {spec.family}: {error}") from None
-    parameters: int = sum(p.numel() for p in skeleton.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     if parameters > MAX_PARAMETERS:
         raise ManifestError(f"model.config: {parameters:,} parameters; at most {MAX_PARAMETERS:,} are allowed")
-    return parameters
+    return model
+
+
+def count_parameters(spec: ModelSpec) -> int:
+    """How many the model has, without allocating them. Raises ManifestError as `skeleton` does."""
+    return sum(p.numel() for p in skeleton(spec).parameters())
 
 
 def build_module(spec: ModelSpec, module: str = "stage.0") -> nn.Module:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
@@ -156,5 +158,31 @@ def test_a_line_that_comes_back_with_another_address_costs_the_rounds_it_was_dow
         assert rounds == list(range(rounds[0], rounds[-1] + 1))
         await party.leave_all([anna, ben, hub])
         assert_one_state(members, rounds=2)
+
+    play(body)
+
+
+def test_doctor_tells_who_is_public_who_is_relayed_and_how_fast_a_line_is() -> None:
+    def reached_and_download(party: Party, site: Site, invite: str) -> tuple[str, float]:
+        command = [*site.enter, sys.executable, "-m", "potluck", "doctor", invite, *LISTEN]
+        command += ["--home", str(party.root / site.name), "--no-benchmark", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        seen = {finding["name"]: finding["seen"] for finding in json.loads(done.stdout)["findings"]}
+        return seen["reachability"], float(seen["download"].split(" MB/s")[0])
+
+    async def body(lab: Lab, party: Party) -> None:
+        large = {"model__config__hidden_size": 256, "model__config__intermediate_size": 1024}
+        hub = await host(party, lab.host("hub"), **large)
+        public, forwarded = lab.host("public", down_mbit=20, up_mbit=5), lab.home("forwarded", nat="full-cone")
+        sites = [public, forwarded, lab.home("cone", nat="cone"), lab.home("symmetric", nat="symmetric")]
+        await party.until("a state", lambda: bool(hub.applied), PATIENCE)
+        ask = [asyncio.to_thread(reached_and_download, party, site, hub.status["invite"]) for site in sites]
+        (open_, speed), *others = await asyncio.gather(*ask)
+        assert open_ == f"public: a peer dialled back to /ip4/{public.address}/tcp/4001"
+        assert speed < 3.0  # 20 Mbit/s and a burst
+        assert others[0][0] == f"public: a peer dialled back to /ip4/{forwarded.address}/tcp/4001"
+        assert all(seen.startswith("behind a NAT; others come through a relay") for seen, _ in others[1:]), others
+        await party.leave(hub)
 
     play(body)

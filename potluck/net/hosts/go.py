@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import fcntl
 import logging
@@ -19,7 +18,6 @@ import os
 import re
 import signal
 import socket
-import sys
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from potluck.errors import DaemonError, NetworkError, PotluckError, UserError
+from potluck.net.children import die_with
 from potluck.net.host import PeerId, StreamHandler
 from potluck.net.identity import Identity
 
@@ -56,9 +55,10 @@ _MAX_QUICK_DEATHS = 5
 _REDIAL_SECONDS = 10.0
 _REMEMBERED_PEERS = 64
 
-_PR_SET_PDEATHSIG = 1
-# Loaded here: between fork and exec it would be too late to import anything safely.
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+def daemon_binary() -> Path:
+    """The p2pd that hosts launch."""
+    return Path(str(files("hivemind.hivemind_cli") / "p2pd"))
 
 
 @dataclass(frozen=True)
@@ -395,8 +395,7 @@ class GoHost:
             flags["forceReachabilityPublic"] = 1
         if settings.trusted_relays:
             flags["trustedRelays"] = ",".join(settings.trusted_relays)
-        binary = files("hivemind.hivemind_cli") / "p2pd"
-        return [str(binary), self._listen_flag, *(f"-{name}={value}" for name, value in flags.items())]
+        return [str(daemon_binary()), self._listen_flag, *(f"-{name}={value}" for name, value in flags.items())]
 
     async def _launch(self) -> None:
         """Start p2pd and attach. The future `_inner` is resolved at the very end."""
@@ -417,7 +416,7 @@ class GoHost:
                 env={**os.environ, "GOLOG_LOG_LEVEL": "error"},
                 # Not in our process group: Ctrl-C in a terminal is for us, we end the daemon in order.
                 start_new_session=True,
-                preexec_fn=lambda: _die_with(parent),
+                preexec_fn=lambda: die_with(parent),
             )
         except OSError as error:
             raise DaemonError(f"cannot run the libp2p daemon of hivemind's wheel: {error}") from error
@@ -587,14 +586,6 @@ async def _close(inner: P2P) -> None:
     tasks = [task for task in (control._read_task, control._write_task, inner._listen_task) if task is not None]
     await inner.shutdown()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _die_with(parent: int) -> None:
-    """In the child, before exec: be killed when the parent dies. Without Linux -idleTimeout does it."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 _ADDRESS = re.compile(r"^/ip([46])/([^/]+)/(tcp|udp)/(\d+)")

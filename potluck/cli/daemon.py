@@ -1,0 +1,154 @@
+"""`potluck daemon`, and `pause`, `resume`, `finish` of a running one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from potluck.cli.options import HomeOption, JsonOption
+from potluck.errors import NetworkError
+
+if TYPE_CHECKING:
+    from potluck.peer.home import Home
+
+#: Of a command that may end workers, one after another.
+COMMAND_SECONDS = 15.0
+
+OfRunOption = Annotated[str | None, typer.Option("--run", help="First characters of the run id (default: all runs).")]
+
+
+def daemon(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Keep this home's runs going while its limits allow it (foreground; `potluck service install` for every day).
+
+    `potluck join INVITE` in the same home then hands the run over to the daemon. Limits: `potluck limits`.
+
+    Example:  potluck daemon
+    """
+    from potluck.peer.home import Home, default_home
+    from potluck.peer.supervisor import Supervisor, make_log
+
+    where = Home(home or default_home()).open()
+    log = make_log(where)
+    log.subscribe(lambda event: print(json.dumps(event) if as_json else _line(event), flush=True))
+
+    async def run() -> None:
+        supervisor = Supervisor(where, log.emit)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
+        await supervisor.run()
+
+    asyncio.run(run())
+
+
+def pause(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Give the machine back within two seconds, all of the GPU's memory too, until `potluck resume`.
+
+    The round at hand is lost; `potluck finish` completes it first.
+
+    Example:  potluck pause
+    """
+    _tell(home, as_json, "pause", "paused: `potluck resume` goes on")
+
+
+def resume(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Go on after `pause` or `finish`, and try again what had stopped with an error.
+
+    Example:  potluck resume
+    """
+    answer = _ask(home, "resume")
+    if as_json:
+        print(json.dumps(answer))
+    elif answer["works"]:
+        print("working")
+    else:
+        until = f" until {answer['until']}" if answer["until"] else ""
+        print(f"resumed, but its limits say no: {answer['rule']}: {answer['reason']}{until}")
+
+
+def finish(home: HomeOption = None, run: OfRunOption = None, as_json: JsonOption = False) -> None:
+    """Complete the round at hand, so that its contribution counts, then stop until `potluck resume`.
+
+    Example:  potluck finish
+    """
+    _tell(home, as_json, "finish", "finishing the round", run=run)
+
+
+def _tell(home: Path | None, as_json: bool, command: str, done: str, **arguments: Any) -> None:
+    answer = _ask(home, command, **arguments)
+    print(json.dumps(answer) if as_json else done)
+
+
+def _ask(home: Path | None, command: str, **arguments: Any) -> dict[str, Any]:
+    from potluck.peer.home import Home, default_home
+
+    where = Home(home or default_home())
+    answer = ask_daemon(where, command, **arguments)
+    if answer is None:
+        raise NetworkError(
+            f"no daemon runs in {where.path}: start it with `potluck daemon` (a peer without one is ended with "
+            "`potluck leave` or Ctrl-C)"
+        )
+    return answer
+
+
+def ask_daemon(home: Home, command: str, **arguments: Any) -> dict[str, Any] | None:
+    """What the home's daemon answers; None if there is none. Raises UserError where it refuses."""
+    from potluck.peer.control import PeerHangs, ask
+
+    if not home.daemon_socket.exists():
+        return None
+    try:
+        return asyncio.run(ask(home.daemon_socket, command, COMMAND_SECONDS, **arguments))
+    except PeerHangs:
+        raise
+    except NetworkError:  # of one that was killed
+        return None
+
+
+def hand_over(home: Path | None, command: str) -> bool:
+    """Whether this home has a daemon, which takes over what this command line says."""
+    from potluck.peer.home import Home, default_home
+
+    where = Home(home or default_home())
+    if not where.daemon_socket.exists():
+        return False
+    words = sys.argv[sys.argv.index(command) :]
+    answer = ask_daemon(where, "add", arguments=_without(words, "--home", 1, "--json", 0))
+    if answer is None:
+        return False
+    if "--json" in words:
+        print(json.dumps(answer))
+    else:
+        held = f"; it waits now: {answer['reason']}" if answer["reason"] else ""
+        print(f"handed to the daemon of {where.path}{held}. See `potluck status`; `potluck leave` ends it")
+    return True
+
+
+def _without(words: list[str], *options: str | int) -> list[str]:
+    """A command line without some options; each is followed by how many values it has."""
+    values = dict(zip(options[::2], options[1::2], strict=True))
+    kept, skip = [], 0
+    for word in words:
+        name = word.partition("=")[0]
+        if skip:
+            skip -= 1
+        elif name in values:
+            skip = int(values[name]) if "=" not in word else 0
+        else:
+            kept.append(word)
+    return kept
+
+
+def _line(event: dict[str, Any]) -> str:
+    """For people: the name's last words, and what it says."""
+    told = {k: v for k, v in event.items() if k not in ("event", "time") and v not in (None, "", [], 0)}
+    if event["event"] == "daemon.limits.read":
+        told = {}
+    words = " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in told.items())
+    return f"{event['event'].removeprefix('daemon.').replace('.', ' ')}  {words}".rstrip()

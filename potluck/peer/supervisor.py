@@ -1,0 +1,521 @@
+"""The daemon: keeps this home's runs going, each in a worker process of its own, while the limits allow it.
+
+It is light (no torch, no hivemind) and holds nothing that a worker could take along when it dies. A pause ends the
+workers: only the end of a process gives back all of a GPU's memory (`docs/decisions/0019`). A worker that crashed is
+started again, later each time; one that does not answer is killed; an error that only a person can mend waits for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+
+from potluck.errors import PotluckError, UserError
+from potluck.net.children import die_with
+from potluck.peer.control import ControlServer, Handler, PeerHangs, ask
+from potluck.peer.events import EventLog
+from potluck.peer.home import Home, write_atomically
+from potluck.peer.limits import FILE as LIMITS_FILE
+from potluck.peer.limits import Decision, Limits, Sensed, decide, read_limits
+from potluck.peer.sensors import Sensors, family
+
+Emit = Callable[..., None]
+
+#: How often the sensors and the workers are looked at.
+LOOK_SECONDS: Final = 1.0
+#: A worker that is asked to end has so long until it is killed: a pause takes two seconds at most.
+END_SECONDS: Final = 1.2
+#: How often a worker is asked how it is, and how often in a row it may not answer (5 s each).
+ASK_SECONDS: Final = 10.0
+MAX_HANGS: Final = 6
+#: A worker that ran for so long is no longer one that keeps crashing.
+STEADY_SECONDS: Final = 600.0
+FIRST_WAIT_SECONDS: Final = 1.0
+LONGEST_WAIT_SECONDS: Final = 300.0
+#: Errors that trying again does not mend: settings, identity, manifest, hardware, clock, a state that does not load.
+NEEDS_YOU: Final = (2, 3, 4, 5, 8, 9)
+MAX_RUNS: Final = 64
+FINISHED: Final = "finished its round: `potluck resume` goes on"
+_TEXT_BYTES: Final = 4000
+
+State = Literal["starting", "working", "finishing", "paused", "waiting", "stopped"]
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One line of `runs.json`: a run that this home takes part in, as the command line says it."""
+
+    arguments: list[str]
+    """Of `potluck`: `join INVITE`, `host FILE` or `validate INVITE`, and options."""
+    halvings: int = 0
+    """Of the micro-batch, after the machine ran out of memory."""
+
+
+@dataclass
+class Worker:
+    """One run. `state` and `reason` say what it does and why; `wait_until` (monotonic) when it starts again."""
+
+    entry: Entry
+    process: asyncio.subprocess.Process | None = None
+    state: State = "starting"
+    reason: str = ""
+    run: str = ""
+    phase: str = ""
+    round: int | None = None
+    contributed: int = 0
+    started: float = 0.0
+    crashes: int = 0
+    restarts: int = 0
+    wait_until: float = 0.0
+    hangs: int = 0
+    asked: float = 0.0
+    asking: asyncio.Task[None] | None = None
+    sent: int = 0
+    words: deque[str] = field(default_factory=lambda: deque(maxlen=40))
+    watching: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "arguments": self.entry.arguments,
+            "run": self.run or None,
+            "state": self.state,
+            "reason": self.reason,
+            "phase": self.phase or None,
+            "round": self.round,
+            "contributed_rounds": self.contributed,
+            "restarts": self.restarts,
+            "pid": self.process.pid if self.process and self.alive else None,
+        }
+
+
+def wait_seconds(crashes: int) -> float:
+    """Before the next start, after so many crashes in a row."""
+    return float(min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** min(crashes - 1, 20)))
+
+
+def out_of_memory(code: int, words: Sequence[str]) -> bool:
+    """Whether a worker died of too little memory: it said so, or the kernel killed it (nobody else sends SIGKILL to it
+    but its daemon, which knows)."""
+    said = "\n".join(words).lower()
+    return code == -signal.SIGKILL or "out of memory" in said or "memoryerror" in said
+
+
+class Supervisor:
+    """`run` until told to stop. `program`: begins a worker's command line."""
+
+    def __init__(
+        self,
+        home: Home,
+        emit: Emit,
+        *,
+        sensors: Sensors | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "potluck"),
+        look_seconds: float = LOOK_SECONDS,
+        ask_seconds: float = ASK_SECONDS,
+    ) -> None:
+        self.home, self._emit, self._program = home, emit, program
+        self._look_seconds, self._ask_seconds = look_seconds, ask_seconds
+        self._sensors = sensors or Sensors()
+        self._workers: list[Worker] = []
+        self.decision, self.paused = Decision(), False
+        self._limits, self._limits_read = Limits(), 0.0
+        self._traffic = _Traffic(home.path / "traffic.json")
+        self._stopping, self._changed = asyncio.Event(), asyncio.Event()
+        #: Held by whoever starts and ends workers: the daemon's own looks, and one command at a time.
+        self._acting = asyncio.Lock()
+        self._sensed: Sensed | None = None
+
+    # ---- the life of a daemon -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until `stop`. Raises UserError if another daemon runs in this home, or its files cannot be read."""
+        with self.home.locked_daemon():
+            self._read_limits()
+            self._workers = [Worker(entry) for entry in self._read_runs()]
+            commands: dict[str, Handler] = {
+                "status": self._status,
+                "add": self._add,
+                "remove": self._remove,
+                "pause": self._pause,
+                "resume": self._resume,
+                "finish": self._finish,
+                "stop": self._stop,
+            }
+            async with ControlServer(self.home.daemon_socket, commands):
+                self._emit("daemon.started", runs=len(self._workers), pid=os.getpid())
+                try:
+                    while not self._stopping.is_set():
+                        await self._look()
+                        self._changed.clear()
+                        with suppress(TimeoutError):
+                            async with asyncio.timeout(self._look_seconds):
+                                await self._changed.wait()
+                finally:
+                    await self._end_all("the daemon ends")
+                    self._traffic.save()
+                    self._emit("daemon.stopped")
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._changed.set()
+
+    async def _look(self) -> None:
+        """One look at machine and workers, and what follows from it."""
+        self._read_limits()
+        limits, sent = self._limits, self._traffic.this_month()
+        pids = [os.getpid(), *(w.process.pid for w in self._workers if w.process and w.alive)]
+        self._sensed = await asyncio.to_thread(lambda: self._sensors.look(limits, family(pids), sent))
+        async with self._acting:
+            await self._act()
+        self._traffic.save_now_and_then(time.monotonic())
+
+    async def _act(self) -> None:
+        """What follows from the last look, and from what was asked for since."""
+        sensed = self._sensed or Sensed(datetime.now())
+        before, self.decision = self.decision, decide(self._limits, sensed, self.decision, paused=self.paused)
+        if before.rule != self.decision.rule:
+            name = "daemon.resumed" if self.decision.works else "daemon.paused"
+            self._emit(name, rule=self.decision.rule, reason=self.decision.text, until=_iso(self.decision.until))
+        now = time.monotonic()
+        if not self.decision.works:
+            await self._end_all(self.decision.text)
+        for worker in list(self._workers):
+            if worker.process is not None:
+                await self._check(worker, now)
+            elif self.decision.works and worker.state != "stopped" and now >= worker.wait_until:
+                await self._start(worker)
+
+    async def _end_all(self, why: str) -> None:
+        await asyncio.gather(*(self._end(worker, "paused", why) for worker in self._workers))
+        for worker in self._workers:
+            if worker.state in ("starting", "waiting", "paused"):
+                worker.state, worker.reason, worker.wait_until = "paused", why, 0.0
+
+    # ---- workers ------------------------------------------------------------------------------------------------
+
+    async def _start(self, worker: Worker) -> None:
+        limits, entry = self._limits, worker.entry
+        command = [*self._program, *entry.arguments, "--home", str(self.home.path), "--json"]
+        command += ["--of-daemon", str(entry.halvings), "--disk-quota", str(limits.disk_quota)]
+        if limits.upload is not None:
+            command += ["--upload-limit", str(limits.upload)]
+        if limits.threads is not None:
+            command += ["--threads", str(limits.threads)]
+        worker.state, worker.reason, worker.phase = "starting", "", ""
+        worker.hangs, worker.started, worker.sent = 0, time.monotonic(), 0
+        worker.words.clear()
+        niceness, me = limits.niceness, os.getpid()
+
+        def in_child() -> None:
+            os.nice(niceness)
+            die_with(me)
+
+        try:
+            worker.process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=1 << 22,
+                start_new_session=True,  # Ctrl-C in the daemon's terminal is for the daemon
+                preexec_fn=in_child,
+            )
+        except OSError as error:
+            self._wait(worker, f"cannot be started: {error.strerror}")
+            return
+        self._emit("daemon.worker.started", run=worker.run, pid=worker.process.pid, arguments=entry.arguments)
+        worker.watching = asyncio.create_task(self._watch(worker, worker.process))
+
+    async def _watch(self, worker: Worker, process: asyncio.subprocess.Process) -> None:
+        """Reads what the worker says until it ends."""
+        assert process.stdout and process.stderr
+
+        async def words() -> None:
+            assert process.stderr
+            async for line in process.stderr:
+                worker.words.append(line.decode(errors="replace").rstrip()[:_TEXT_BYTES])
+
+        reading = asyncio.create_task(words())
+        try:
+            async for line in process.stdout:
+                with suppress(ValueError):
+                    self._hear(worker, json.loads(line))
+        except ValueError:  # a line beyond the limit
+            process.kill()
+        await reading
+        await process.wait()
+        self._changed.set()
+
+    def _hear(self, worker: Worker, event: Mapping[str, Any]) -> None:
+        match event.get("event"):
+            case "peer.phase":
+                worker.phase = str(event.get("phase", ""))
+            case "peer.joined":
+                worker.run, worker.phase = str(event.get("run", "")), str(event.get("phase", ""))
+                worker.state = "finishing" if worker.state == "finishing" else "working"
+            case "swarm.round.applied":
+                worker.round = event.get("round")
+                worker.contributed += bool(event.get("contributed"))
+
+    async def _check(self, worker: Worker, now: float) -> None:
+        """A worker that has a process: whether it ended, or hangs."""
+        process = worker.process
+        assert process is not None
+        if worker.watching is not None and worker.watching.done():
+            await self._ended(worker, process.returncode or 0, now)
+        elif worker.hangs >= MAX_HANGS:
+            self._emit("daemon.worker.hangs", run=worker.run, pid=process.pid)
+            await self._end(worker, "waiting", f"did not answer {MAX_HANGS} times in a row")
+            worker.restarts, worker.wait_until = worker.restarts + 1, now
+        elif worker.run and now - worker.asked >= self._ask_seconds and (worker.asking is None or worker.asking.done()):
+            worker.asked = now
+            worker.asking = asyncio.create_task(self._ask(worker))
+
+    async def _ask(self, worker: Worker) -> None:
+        """How it is, and what it has sent."""
+        try:
+            answer = await ask(self.home.find_run(worker.run).control_socket, "status")
+        except PeerHangs:
+            worker.hangs += 1
+        except PotluckError:
+            pass  # it is just starting or ending
+        else:
+            worker.hangs, sent = 0, int(answer.get("bytes_sent") or 0)
+            self._traffic.add(max(0, sent - worker.sent))
+            worker.sent = sent
+
+    async def _ended(self, worker: Worker, code: int, now: float) -> None:
+        """What becomes of a worker that ended by itself."""
+        said = next((word for word in reversed(worker.words) if word.strip()), "")
+        finished, worker.process, worker.watching = worker.state == "finishing", None, None
+        self._emit("daemon.worker.ended", run=worker.run, code=code, said=said[:500])
+        if code == 0:
+            if finished:
+                worker.state, worker.reason = "stopped", FINISHED
+            else:
+                self._forget(worker)  # `potluck leave`, or as many rounds as it was asked for
+            return
+        if out_of_memory(code, worker.words) and code != 5:
+            worker.entry = msgspec.structs.replace(worker.entry, halvings=min(16, worker.entry.halvings + 1))
+            self._save_runs()
+            self._emit("daemon.worker.out_of_memory", run=worker.run, halvings=worker.entry.halvings)
+        if code in NEEDS_YOU:
+            worker.state, worker.reason = "stopped", f"{said} (then `potluck resume`)"
+            return
+        worker.crashes = 1 if now - worker.started > STEADY_SECONDS else worker.crashes + 1
+        worker.restarts += 1
+        self._wait(worker, said or f"ended with code {code}")
+
+    def _wait(self, worker: Worker, why: str) -> None:
+        seconds = wait_seconds(max(1, worker.crashes))
+        worker.state, worker.reason, worker.wait_until = "waiting", why, time.monotonic() + seconds
+        self._emit("daemon.worker.waits", run=worker.run, seconds=seconds, reason=why)
+
+    async def _end(self, worker: Worker, state: State, why: str) -> None:
+        """Its process and all that it started are gone when this returns: memory is free again."""
+        process = worker.process
+        if process is None:
+            return
+        family_of = family([process.pid])
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGINT)
+        try:
+            await asyncio.wait_for(process.wait(), END_SECONDS)
+        except TimeoutError:
+            pass
+        for pid in family_of:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        await process.wait()
+        if worker.watching is not None:
+            await worker.watching
+        worker.process, worker.watching = None, None
+        worker.state, worker.reason, worker.phase = state, why, ""
+
+    def _forget(self, worker: Worker) -> None:
+        self._workers.remove(worker)
+        self._save_runs()
+        self._emit("daemon.run.left", run=worker.run)
+
+    # ---- commands -----------------------------------------------------------------------------------------------
+
+    async def _status(self) -> dict[str, Any]:
+        decision = self.decision
+        return {
+            "daemon": os.getpid(),
+            "home": str(self.home.path),
+            "works": decision.works,
+            "rule": decision.rule or None,
+            "reason": decision.text or None,
+            "until": _iso(decision.until),
+            "sent_this_month": self._traffic.this_month(),
+            "runs": [worker.status() for worker in self._workers],
+        }
+
+    async def _add(self, arguments: list[str]) -> dict[str, Any]:
+        """A run, from now on and at every start of the daemon; the same once more changes its options."""
+        entry = _checked(arguments)
+        same = [w for w in self._workers if w.entry.arguments[:2] == entry.arguments[:2]]
+        if len(self._workers) >= MAX_RUNS and not same:
+            raise UserError(f"this home takes part in {MAX_RUNS} runs already: leave one first")
+        async with self._acting:
+            for worker in same:
+                await self._end(worker, "starting", "started again with other options")
+                self._workers.remove(worker)
+            self._workers.append(Worker(entry))
+            self._save_runs()
+        self._changed.set()
+        return {"runs": len(self._workers), "works": self.decision.works, "reason": self.decision.text or None}
+
+    async def _remove(self, run: str | None = None) -> dict[str, Any]:
+        """Take no part any more, at once (`leave` is after the round)."""
+        workers = self._chosen(run)
+        async with self._acting:
+            for worker in workers:
+                await self._end(worker, "stopped", "removed")
+                self._forget(worker)
+        return {"removed": [worker.run or worker.entry.arguments[1] for worker in workers]}
+
+    async def _pause(self) -> dict[str, Any]:
+        self.paused = True
+        async with self._acting:
+            await self._act()
+        return await self._status()
+
+    async def _resume(self) -> dict[str, Any]:
+        self.paused = False
+        async with self._acting:
+            for worker in self._workers:
+                if worker.state in ("stopped", "waiting", "paused"):
+                    worker.state, worker.reason, worker.wait_until, worker.crashes = "starting", "", 0.0, 0
+            await self._act()
+        return await self._status()
+
+    async def _finish(self, run: str | None = None) -> dict[str, Any]:
+        """Complete the round at hand, then stop until `resume`."""
+        after: dict[str, Any] = {}
+        async with self._acting:
+            for worker in self._chosen(run):
+                if worker.alive and worker.run:
+                    answer = await ask(self.home.find_run(worker.run).control_socket, "leave")
+                    worker.state, worker.reason = "finishing", "completes its round"
+                    after[worker.run] = answer.get("leaving_after_round")
+                else:
+                    await self._end(worker, "stopped", "")
+                    worker.state, worker.reason = "stopped", FINISHED
+        return {"finishing": after}
+
+    async def _stop(self) -> dict[str, Any]:
+        self.stop()
+        return {"stopping": True}
+
+    def _chosen(self, run: str | None) -> list[Worker]:
+        chosen = [w for w in self._workers if run is None or w.run.startswith(run)]
+        if not chosen:
+            raise UserError(f"the daemon has no run {run!r}" if run else "the daemon has no runs: join one first")
+        return chosen
+
+    # ---- files --------------------------------------------------------------------------------------------------
+
+    def _read_limits(self) -> None:
+        """When the file has changed. A wrong one is told, and the limits before it stay."""
+        path = self.home.path / LIMITS_FILE
+        try:
+            changed = path.stat().st_mtime
+        except OSError:
+            changed = 0.0
+        if changed == self._limits_read:
+            return
+        first, self._limits_read = self._limits_read == 0.0 and not self._workers, changed
+        try:
+            self._limits = read_limits(self.home.path)
+        except UserError as error:
+            if first:
+                raise
+            self._emit("daemon.limits.wrong", error=str(error))
+        else:
+            self._emit("daemon.limits.read", **msgspec.structs.asdict(self._limits))
+
+    @property
+    def _runs_file(self) -> Path:
+        return self.home.path / "runs.json"
+
+    def _read_runs(self) -> list[Entry]:
+        try:
+            return msgspec.json.decode(self._runs_file.read_bytes(), type=list[Entry])
+        except FileNotFoundError:
+            return []
+        except (OSError, msgspec.MsgspecError) as error:
+            raise UserError(f"{self._runs_file} cannot be read ({error}): remove it, then join again") from None
+
+    def _save_runs(self) -> None:
+        write_atomically(self._runs_file, msgspec.json.encode([worker.entry for worker in self._workers]))
+
+
+def _checked(arguments: Sequence[str]) -> Entry:
+    """Of a command that takes part in a run. Raises UserError for anything else."""
+    if not (2 <= len(arguments) <= 64 and all(isinstance(a, str) and len(a) < 4096 for a in arguments)):
+        raise UserError("a daemon takes `join INVITE`, `host FILE` or `validate INVITE`, and options")
+    if arguments[0] not in ("join", "host", "validate") or arguments[1].startswith("-"):
+        raise UserError(f"a daemon cannot {arguments[0]!r}: only join, host and validate")
+    for own in ("--home", "--json", "--of-daemon", "--disk-quota", "--upload-limit"):
+        if any(a == own or a.startswith(f"{own}=") for a in arguments):
+            raise UserError(f"{own} is the daemon's: leave it out (limits are in {LIMITS_FILE})")
+    return Entry(list(arguments))
+
+
+class _Traffic:
+    """Bytes sent in this calendar month, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._saved_at = path, 0.0
+        self._month, self._sent = _month(), 0
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            kept = json.loads(path.read_bytes())
+            if kept["month"] == self._month and isinstance(kept["sent"], int) and kept["sent"] >= 0:
+                self._sent = kept["sent"]
+
+    def add(self, sent: int) -> None:
+        self._sent = self.this_month() + sent
+
+    def this_month(self) -> int:
+        if _month() != self._month:
+            self._month, self._sent = _month(), 0
+        return self._sent
+
+    def save_now_and_then(self, now: float) -> None:
+        if now - self._saved_at >= 60.0:
+            self._saved_at = now
+            self.save()
+
+    def save(self) -> None:
+        with suppress(UserError):  # a full disk must not stop the daemon
+            write_atomically(self._path, msgspec.json.encode({"month": self._month, "sent": self._sent}))
+
+
+def _month() -> str:
+    return datetime.now().strftime("%Y-%m")
+
+
+def _iso(when: datetime | None) -> str | None:
+    return when.isoformat(timespec="seconds") if when else None
+
+
+def make_log(home: Home) -> EventLog:
+    return EventLog(home.path / "daemon.jsonl")

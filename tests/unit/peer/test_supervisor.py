@@ -1,0 +1,300 @@
+"""The daemon over workers that are real processes, but no peers: they crash, hang, linger and end as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from potluck.errors import UserError
+from potluck.peer.control import ask
+from potluck.peer.home import Home
+from potluck.peer.limits import Sensed
+from potluck.peer.sensors import Sensors
+from potluck.peer.supervisor import Supervisor, out_of_memory, wait_seconds
+
+RUN = "a" * 52
+
+#: join DEED ...: does the deed. Says first that it joined, as a peer does.
+WORKER = """
+import asyncio, json, os, signal, socket, subprocess, sys, time
+deed, home = sys.argv[2], sys.argv[sys.argv.index("--home") + 1]
+print(json.dumps({"event": "peer.joined", "run": "RUN", "phase": "training"}), flush=True)
+with open(os.path.join(home, "started"), "a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+if deed == "works":
+    for r in range(10**6):
+        print(json.dumps({"event": "swarm.round.applied", "round": r, "contributed": True}), flush=True)
+        time.sleep(0.05)
+elif deed == "lingers":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", home])
+    time.sleep(600)
+elif deed == "hangs":
+    os.makedirs(os.path.join(home, "s", "RUN"[:8]), exist_ok=True)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.path.join(home, "s", "RUN"[:8], "control.sock"))
+    server.listen(64)
+    time.sleep(600)
+elif deed == "memory":
+    print("RuntimeError: CUDA out of memory", file=sys.stderr)
+    sys.exit(1)
+else:
+    print("error: as it was told", file=sys.stderr)
+    sys.exit(int(deed))
+""".replace("RUN", RUN)
+
+
+class Machine(Sensors):
+    """What the sensors see is what the test says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.battery = False
+
+    def look(self, limits: Any, ours: Any, sent_this_month: int) -> Sensed:
+        return Sensed(datetime.now(), on_battery=self.battery, sent_this_month=sent_this_month)
+
+
+@dataclass
+class World:
+    home: Home
+    supervisor: Supervisor
+    machine: Machine
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        return await ask(self.home.daemon_socket, command, 15.0, **arguments)
+
+    async def add(self, *arguments: str) -> None:
+        await self.ask("add", arguments=["join", *arguments])
+
+    async def run(self) -> dict[str, Any]:
+        found: list[dict[str, Any]] = (await self.ask("status"))["runs"]
+        return found[0] if found else {}
+
+    async def until(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        while not holds(found := await self.run()):
+            await asyncio.sleep(0.03)
+        return found
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == name]
+
+    def started(self) -> list[str]:
+        path = self.home.path / "started"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+def play(folder: Path, scene: Callable[[World], Awaitable[None]], **changes: Any) -> World:
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    home = Home(folder / "h").open()
+    (home.path / "runs" / RUN).mkdir(parents=True, exist_ok=True)
+    (home.path / "runs" / RUN / "manifest.bin").touch()
+    machine = Machine()
+
+    def emit(name: str, **fields: Any) -> None:
+        world.events.append({"event": name, **fields})
+
+    supervisor = Supervisor(
+        home, emit, sensors=machine, program=(sys.executable, "-S", str(script)), look_seconds=0.03, **changes
+    )
+    world = World(home, supervisor, machine)
+
+    async def main() -> None:
+        running = asyncio.create_task(supervisor.run())
+        while not home.daemon_socket.exists():
+            assert not running.done(), running.exception()
+            await asyncio.sleep(0.01)
+        try:
+            await asyncio.wait_for(scene(world), 60)
+        finally:
+            supervisor.stop()
+            await running
+
+    asyncio.run(main())
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(home.path) in (p.info["cmdline"] or ())]
+    assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
+    return world
+
+
+def test_a_run_is_kept_over_a_restart_of_the_daemon_and_works(tmp_path: Path) -> None:
+    async def first(world: World) -> None:
+        await world.add("works")
+        found = await world.until(lambda run: run["contributed_rounds"] > 2)
+        assert found["state"] == "working" and found["run"] == RUN and found["pid"]
+
+    async def second(world: World) -> None:
+        assert await world.until(lambda run: run["state"] == "working")
+
+    assert play(tmp_path, first).started() == play(tmp_path, second).started()[:1]
+
+
+def test_a_pause_ends_the_worker_and_all_that_it_started_and_resume_goes_on(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("lingers")
+        await world.until(lambda run: run["state"] == "working")
+        children = psutil.Process().children(recursive=True)
+        assert len(children) >= 2
+        answer = await world.ask("pause")
+        assert not [p for p in children if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        assert answer["rule"] == "you" and not answer["works"]
+        assert answer["runs"][0]["state"] == "paused" and answer["runs"][0]["pid"] is None
+        await world.ask("resume")
+        await world.until(lambda run: run["state"] == "working")
+        assert len(world.started()) == 2
+
+    world = play(tmp_path, scene)
+    assert [e["rule"] for e in world.named("daemon.paused")] == ["you"]
+
+
+def test_a_rule_pauses_by_its_name_and_work_goes_on_when_it_ends(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("works")
+        await world.until(lambda run: run["state"] == "working")
+        world.machine.battery = True
+        await world.until(lambda run: run["state"] == "paused")
+        assert (await world.ask("status"))["rule"] == "battery"
+        world.machine.battery = False
+        await world.until(lambda run: run["state"] == "working")
+        world.machine.battery = True
+        await world.until(lambda run: run["state"] == "paused")
+        (world.home.path / "limits.toml").write_text("battery = true")
+        await world.until(lambda run: run["state"] == "working")
+
+    play(tmp_path, scene)
+
+
+def test_wrong_limits_are_told_and_those_before_stay(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("works")
+        (world.home.path / "limits.toml").write_text("battery = maybe")
+        while not world.named("daemon.limits.wrong"):
+            await asyncio.sleep(0.02)
+        assert (await world.until(lambda run: run["state"] == "working"))["pid"]
+
+    play(tmp_path, scene)
+
+
+def test_crashes_are_waited_out_longer_each_time_and_wrong_settings_wait_for_you(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("1")
+        found = await world.until(lambda run: run["restarts"] >= 2 and run["state"] == "waiting")
+        assert found["reason"] == "error: as it was told"
+        assert [e["seconds"] for e in world.named("daemon.worker.waits")][:2] == [1.0, 2.0]
+        await world.ask("remove")
+        await world.add("4")
+        found = await world.until(lambda run: run and run["state"] == "stopped")
+        assert found["reason"].startswith("error: as it was told")
+        await world.ask("resume")
+        await world.until(lambda run: run["state"] == "stopped" and len(world.named("daemon.worker.started")) >= 4)
+
+    play(tmp_path, scene)
+
+
+def test_too_little_memory_halves_the_batch_and_is_remembered(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("memory")
+        await world.until(lambda run: run["restarts"] >= 2)
+
+    world = play(tmp_path, scene)
+    assert "--of-daemon 0" in world.started()[0] and "--of-daemon 1" in world.started()[1]
+    assert json.loads((world.home.path / "runs.json").read_text())[0]["halvings"] >= 2
+
+
+def test_a_worker_that_does_not_answer_is_killed_and_started_again(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("potluck.peer.control.TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("potluck.peer.supervisor.ask", lambda path, command: ask(path, command, 0.1))
+
+    async def scene(world: World) -> None:
+        await world.add("hangs")
+        while len(world.started()) < 2:
+            await asyncio.sleep(0.05)
+        assert (await world.run())["restarts"] >= 1
+
+    assert play(tmp_path, scene, ask_seconds=0.05).named("daemon.worker.hangs")
+
+
+def test_a_worker_that_leaves_by_itself_is_forgotten(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("0")
+        while not world.named("daemon.run.left"):
+            await asyncio.sleep(0.02)
+        assert not await world.run()
+
+    assert json.loads((play(tmp_path, scene).home.path / "runs.json").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["join"], ["leave", "x"], ["join", "--json"], ["join", "x", "--home=/"], ["join", 3], ["join", "x" * 5000]],
+)
+def test_what_is_no_command_of_a_peer_is_refused(tmp_path: Path, arguments: list[Any]) -> None:
+    async def scene(world: World) -> None:
+        with pytest.raises(UserError):
+            await world.ask("add", arguments=arguments)
+        with pytest.raises(UserError):
+            await world.ask("add", argument="x")
+        assert not (await world.ask("status"))["runs"]
+
+    play(tmp_path, scene)
+
+
+def test_a_second_daemon_is_refused(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        with pytest.raises(UserError, match="a daemon runs"):
+            await Supervisor(world.home, lambda *_, **__: None).run()
+
+    play(tmp_path, scene)
+
+
+def test_waits_double_up_to_five_minutes() -> None:
+    assert [wait_seconds(n) for n in (1, 2, 3, 9, 10, 10**6)] == [1.0, 2.0, 4.0, 256.0, 300.0, 300.0]
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    assert out_of_memory(-signal.SIGKILL, []) and out_of_memory(1, ["a", "MemoryError"])
+    assert not out_of_memory(1, ["ValueError"]) and not out_of_memory(-signal.SIGSEGV, [])
+
+
+def test_sent_bytes_count_by_the_month(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (world.home.path / "limits.toml").write_text("upload_month = 1000000")
+        await world.add("works")
+        await world.until(lambda run: run["state"] == "working")
+        world.supervisor._traffic.add(1_000_000)
+        await world.until(lambda run: run["state"] == "paused")
+        assert (await world.ask("status"))["rule"] == "upload_month"
+
+    path = play(tmp_path, scene).home.path / "traffic.json"
+    kept = json.loads(path.read_text())
+    assert kept["sent"] == 1_000_000
+    path.write_text(json.dumps({**kept, "month": "2020-01"}))
+
+    async def next_month(world: World) -> None:
+        await world.until(lambda run: run["state"] == "working")
+
+    play(tmp_path, next_month)
+
+
+def test_sensors_of_this_machine_see_our_load_as_ours() -> None:
+    sensors = Sensors()
+    from potluck.peer.limits import Limits
+
+    first = sensors.look(Limits(), {os.getpid()}, 7)
+    assert first.load is None and first.sent_this_month == 7
+    sum(n * n for n in range(3_000_000))
+    second = sensors.look(Limits(programs=["no such program"], idle_minutes=5), {os.getpid()}, 7)
+    assert second.load is not None and 0 <= second.load <= 1 and second.programs == ()
+    assert second.temperature is None or 0 < second.temperature < 150

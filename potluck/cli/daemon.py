@@ -53,7 +53,8 @@ def pause(home: HomeOption = None, as_json: JsonOption = False) -> None:
 
     Example:  potluck pause
     """
-    _tell(home, as_json, "pause", "paused: `potluck resume` goes on")
+    answer = _ask(home, "pause")
+    print(json.dumps(answer) if as_json else "paused: `potluck resume` goes on")
 
 
 def resume(home: HomeOption = None, as_json: JsonOption = False) -> None:
@@ -76,12 +77,10 @@ def finish(home: HomeOption = None, run: OfRunOption = None, as_json: JsonOption
 
     Example:  potluck finish
     """
-    _tell(home, as_json, "finish", "finishing the round", run=run)
-
-
-def _tell(home: Path | None, as_json: bool, command: str, done: str, **arguments: Any) -> None:
-    answer = _ask(home, command, **arguments)
-    print(json.dumps(answer) if as_json else done)
+    answer = _ask(home, "finish", run=run)
+    rounds = answer["finishing"].values()
+    done = ", ".join("the one at hand" if n is None else str(n) for n in rounds)
+    print(json.dumps(answer) if as_json else f"finishing round {done}" if rounds else "stopped: no round was under way")
 
 
 def _ask(home: Path | None, command: str, **arguments: Any) -> dict[str, Any]:
@@ -111,23 +110,40 @@ def ask_daemon(home: Home, command: str, **arguments: Any) -> dict[str, Any] | N
         return None
 
 
-def hand_over(home: Path | None, command: str) -> bool:
-    """Whether this home has a daemon, which takes over what this command line says."""
+def hand_over(home: Path | None, command: str, what: str) -> bool:
+    """Whether this home has a daemon, which takes over what this command line says. `what`: an invite, or a file.
+
+    Raises ManifestError for what is no invite: nobody looks at a daemon to find it out."""
+    from potluck.dht.invite import Invite
     from potluck.peer.home import Home, default_home
 
     where = Home(home or default_home())
     if not where.daemon_socket.exists():
         return False
-    words = sys.argv[sys.argv.index(command) :]
-    answer = ask_daemon(where, "add", arguments=_without(words, "--home", 1, "--json", 0))
+    if command != "host":
+        Invite.parse(what)
+    words = sys.argv[sys.argv.index(command) + 1 :]
+    options = [_absolute(word) for word in _without(words, "--home", 1, "--json", 0, what, 0)]
+    first = str(Path(what).absolute()) if command == "host" else what
+    answer = ask_daemon(where, "add", arguments=[command, first, *options])
     if answer is None:
         return False
     if "--json" in words:
         print(json.dumps(answer))
+    elif answer["had"]:
+        print(f"the daemon of {where.path} has it already: see `potluck status`")
     else:
         held = f"; it waits now: {answer['reason']}" if answer["reason"] else ""
-        print(f"handed to the daemon of {where.path}{held}. See `potluck status`; `potluck leave` ends it")
+        again = ", instead of what it did for this run" if answer["replaced"] else ""
+        print(f"handed to the daemon of {where.path}{again}{held}")
+        print("`potluck status` shows it, and an invite for others; `potluck leave` ends it")
     return True
+
+
+def _absolute(word: str) -> str:
+    """A daemon works in another folder."""
+    before, text, path = word.rpartition("text:")
+    return f"{before}text:{Path(path).absolute()}" if text and before in ("", "--data=") else word
 
 
 def _without(words: list[str], *options: str | int) -> list[str]:
@@ -135,11 +151,11 @@ def _without(words: list[str], *options: str | int) -> list[str]:
     values = dict(zip(options[::2], options[1::2], strict=True))
     kept, skip = [], 0
     for word in words:
-        name = word.partition("=")[0]
+        name = word if word in values else word.partition("=")[0]
         if skip:
             skip -= 1
         elif name in values:
-            skip = int(values[name]) if "=" not in word else 0
+            skip = int(values[name]) if word == name else 0
         else:
             kept.append(word)
     return kept

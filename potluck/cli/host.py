@@ -52,7 +52,7 @@ def host(
     """
     from potluck.cli.session import run_peer
 
-    if of_daemon is None and hand_over(home, "host"):
+    if of_daemon is None and hand_over(home, "host", str(manifest)):
         return
     run_peer(
         lambda peer: peer.host(manifest),

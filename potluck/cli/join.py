@@ -52,7 +52,7 @@ def join(
     """
     from potluck.cli.session import run_peer
 
-    if of_daemon is None and hand_over(home, "join"):
+    if of_daemon is None and hand_over(home, "join", invite):
         return
     run_peer(
         lambda peer: peer.join(invite),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ _SIZES = ("upload", "upload_month", "disk_quota")
 
 
 def show(home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """Print every limit, and which of them this machine can sense.
+    """Print every limit, and which of them are yours.
 
     Example:  potluck limits show
     """
@@ -30,7 +31,7 @@ def show(home: HomeOption = None, as_json: JsonOption = False) -> None:
         return
     for name, value in limits.items():
         own = "" if value == getattr(Limits(), name) else "   (yours)"
-        print(f"{name:<16}{'none' if value is None or value == [] else value}{own}")
+        print(f"{name:<16}{_shown(name, value)}{own}")
 
 
 def set_(
@@ -74,6 +75,19 @@ def _value(name: str, text: str, default: object) -> object:
             raise UserError(f"{name}={text}: give yes or no")
         return text.lower() in ("yes", "true")
     try:
-        return int(text) if isinstance(default, int) or name == "threads" else float(text)
+        number = int(text) if isinstance(default, int) or name == "threads" else float(text)
     except ValueError:
         raise UserError(f"{name}={text}: give a number") from None
+    if not math.isfinite(number):
+        raise UserError(f"{name}={text}: give a number")
+    return number
+
+
+def _shown(name: str, value: object) -> str:
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return "; ".join(value)
+    return f"{value / 1e6:,g} MB" if name in _SIZES and isinstance(value, int) else f"{value}"

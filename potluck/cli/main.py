@@ -68,7 +68,7 @@ bounds = typer.Typer(help="When, and how much of the machine, the daemon may use
 app.add_typer(bounds, name="limits")
 bounds.command("show")(limits.show)
 bounds.command("set")(limits.set_)
-services = typer.Typer(help="The daemon as a service that starts with the machine.", no_args_is_help=True)
+services = typer.Typer(help="The daemon as a service that starts when you log in.", no_args_is_help=True)
 app.add_typer(services, name="service")
 for act in (service.install, service.remove, service.status):
     services.command()(act)

@@ -22,37 +22,43 @@ def status(home: HomeOption = None, run: RunOption = None, as_json: JsonOption =
 
     where = Home(home or default_home())
     daemon = ask_daemon(where, "status")
+    kept = daemon["runs"] if daemon else []
     if daemon and not as_json:
         print(daemon_line(daemon))
-    kept = {one["run"]: one for one in daemon["runs"]} if daemon else {}
-    folders = [where.find_run(run)] if run else where.runs()
-    if not folders and not kept:
-        where.find_run()
+    if run is not None:
+        folders = [where.find_run(run)]
+    elif not (folders := where.runs()) and not daemon:
+        where.find_run()  # says what to do
     for folder in folders:
-        mine = kept.pop(folder.run_id, None)
+        mine = next((one for one in kept if one["run"] == folder.run_id), None)
         try:
             answer = asyncio.run(ask(folder.control_socket, "status"))
         except NetworkError as error:
-            detail = f"{mine['state']}: {mine['reason']}" if mine and mine["reason"] else str(error)
+            detail = idle_line(mine) if mine else str(error)
             answer = {"run": folder.run_id, "phase": "not running", "detail": detail}
-        answer |= {"daemon": daemon and {**mine, "rule": daemon["rule"]} if mine else None}
+        answer["daemon"] = {**mine, "rule": daemon["rule"]} if daemon and mine else None
         print(json.dumps(answer) if as_json else _text(answer))
-    for coming in [] if run else kept.values():
-        answer = {
-            "run": None,
-            "phase": "not running",
-            "detail": f"{coming['state']}: {coming['reason']}",
-            "daemon": coming,
-        }
-        print(json.dumps(answer) if as_json else f"{' '.join(coming['arguments'][:2])[:60]}: {detail}")
+    known = {folder.run_id for folder in folders}
+    coming = [one for one in kept if run is None and one["run"] not in known]
+    for one in coming:
+        answer = {"run": one["run"], "phase": "not running", "detail": idle_line(one), "daemon": one}
+        print(json.dumps(answer) if as_json else f"{' '.join(one['arguments'][:2])[:60]}: {idle_line(one)}")
+    if daemon and as_json and not folders and not coming:
+        print(json.dumps({"run": None, "phase": "not running", "detail": "no run yet", "daemon": daemon}))
+
+
+def idle_line(one: dict[str, Any]) -> str:
+    """What a daemon says of a run that does not answer itself."""
+    return f"{one['state']}: {one['reason']}" if one["reason"] else str(one["state"])
 
 
 def daemon_line(daemon: dict[str, Any]) -> str:
     """Whether it works, or by which rule it does not."""
+    wrong = f"\nlimits     {daemon['limits_error']}; those before it are in force" if daemon["limits_error"] else ""
     if daemon["works"]:
-        return "daemon     works"
+        return f"daemon     works{wrong}"
     until = f", until {daemon['until']}" if daemon["until"] else ""
-    return f"daemon     paused by {daemon['rule']}: {daemon['reason']}{until}"
+    return f"daemon     paused by {daemon['rule']}: {daemon['reason']}{until}{wrong}"
 
 
 def _pipeline(pipeline: Any) -> list[str]:

@@ -51,7 +51,7 @@ def validate(
     """
     from potluck.cli.session import run_peer
 
-    if of_daemon is None and hand_over(home, "validate"):
+    if of_daemon is None and hand_over(home, "validate", invite):
         return
     run_peer(
         lambda peer: peer.join(invite),

@@ -8,7 +8,8 @@ from typing import Any
 
 from potluck.cli.daemon import ask_daemon
 from potluck.cli.options import HomeOption, JsonOption, RunOption
-from potluck.cli.status import daemon_line
+from potluck.cli.status import daemon_line, idle_line
+from potluck.errors import NetworkError
 
 
 def why(home: HomeOption = None, run: RunOption = None, as_json: JsonOption = False) -> None:
@@ -26,11 +27,13 @@ def why(home: HomeOption = None, run: RunOption = None, as_json: JsonOption = Fa
         return
     folder = where.find_run(run)
     kept = next((one for one in daemon["runs"] if one["run"] == folder.run_id), None) if daemon else None
-    if kept and not kept["pid"]:
-        text = f"{kept['state']}: {kept['reason']}"
-        print(json.dumps({"phase": kept["state"], **kept}) if as_json else text)
+    try:
+        answer = asyncio.run(ask(folder.control_socket, "why"))
+    except NetworkError:
+        if kept is None:
+            raise
+        print(json.dumps({"phase": kept["state"], **kept}) if as_json else idle_line(kept))
         return
-    answer = asyncio.run(ask(folder.control_socket, "why"))
     print(json.dumps(answer) if as_json else _text(answer))
 
 

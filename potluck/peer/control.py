@@ -67,11 +67,11 @@ class ControlServer:
                 raise NetworkError(f"unknown command {name!r}")
             try:
                 calling = handler(**request.get("arguments", {}))
-            except TypeError:
+            except (TypeError, AttributeError):
                 raise UserError(f"{name}: wrong arguments") from None
             writer.write(encode_event(await calling) + b"\n")
             await writer.drain()
-        except (TimeoutError, ValueError, OSError):
+        except (TimeoutError, ValueError, OSError, RecursionError):
             pass  # a local client that sends garbage or goes away concerns only itself
         except PotluckError as error:
             writer.write(json.dumps({"error": str(error), "exit_code": error.exit_code}).encode() + b"\n")

@@ -197,8 +197,8 @@ class Home:
                 continue
             except BlockingIOError:
                 raise UserError(
-                    f"a peer is running in {self.path} (it holds {path.relative_to(self.path)}): stop it first, "
-                    "see `potluck status`, or name another --home"
+                    f"a peer is running in {self.path} (it holds {path.relative_to(self.path)}): stop it first "
+                    "(`potluck leave`; of a daemon Ctrl-C or `potluck service remove`), or name another --home"
                 ) from None
             except OSError as error:
                 raise UserError(f"--home: cannot use {path}: {error.strerror}") from None

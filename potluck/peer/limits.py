@@ -201,7 +201,8 @@ def parse_limits(text: bytes) -> Limits:
     try:
         limits = msgspec.toml.decode(text, type=Limits)
     except (msgspec.MsgspecError, ValueError) as error:
-        raise UserError(f"{FILE}: {error}") from None
+        what, _, name = str(error).partition(" - at `$.")
+        raise UserError(f"{name.strip('`')}: {what}" if name else what) from None
     open_minutes(limits.schedule)
     return limits
 
@@ -212,6 +213,8 @@ def read_limits(home: Path) -> Limits:
         return parse_limits((home / FILE).read_bytes())
     except FileNotFoundError:
         return Limits()
+    except UserError as error:
+        raise UserError(f"{home / FILE}: {error}; edit it, or remove it for the defaults") from None
     except OSError as error:
         raise UserError(f"{home / FILE} cannot be read: {error.strerror}") from None
 

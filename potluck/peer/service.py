@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import plistlib
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +32,7 @@ class Service:
     @classmethod
     def of(cls, home: Home, platform: str = sys.platform) -> Self:
         """For this user and home. Each home but the default one has a service of its own name."""
-        own = "" if home.path == Home(default_home()).path else f"-{home.path.name}"
+        own = "" if home.path == Home(default_home()).path else f"-{_short_name(home.path)}"
         command = [sys.executable, "-m", "potluck", "daemon", "--home", str(home.path)]
         if platform == "darwin":
             label = LABEL + own
@@ -68,6 +70,12 @@ class Service:
             _run(command)
         self.path.unlink(missing_ok=True)
         return True
+
+
+def _short_name(path: Path) -> str:
+    """Of a home: what of its name may stand in a unit's, and enough to tell it from others of that name."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", path.name).strip("-")
+    return f"{plain}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}".lstrip("-")
 
 
 def _unit(command: Sequence[str]) -> str:

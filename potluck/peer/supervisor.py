@@ -23,7 +23,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from potluck.errors import PotluckError, UserError
+from potluck.dht.invite import Invite
+from potluck.errors import ManifestError, PotluckError, UserError
 from potluck.net.children import die_with
 from potluck.peer.control import ControlServer, Handler, PeerHangs, ask
 from potluck.peer.events import EventLog
@@ -61,6 +62,23 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of `potluck`: `join INVITE`, `host FILE` or `validate INVITE`, and options."""
     halvings: int = 0
     """Of the micro-batch, after the machine ran out of memory."""
+    finished: bool = False
+    """Stopped by `potluck finish`, until `potluck resume`."""
+
+    @property
+    def run(self) -> str:
+        """The run's id, as far as an invite says it."""
+        try:
+            return Invite.parse(self.arguments[1]).run_id
+        except ManifestError:
+            return ""
+
+
+class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All of `runs.json`. `paused`: by `potluck pause`."""
+
+    runs: list[Entry] = []
+    paused: bool = False
 
 
 @dataclass
@@ -85,6 +103,13 @@ class Worker:
     sent: int = 0
     words: deque[str] = field(default_factory=lambda: deque(maxlen=40))
     watching: asyncio.Task[None] | None = None
+    #: Resumed while it completes its last round: it is started again.
+    again: bool = False
+
+    def __post_init__(self) -> None:
+        self.run = self.entry.run
+        if self.entry.finished:
+            self.state, self.reason = "stopped", FINISHED
 
     @property
     def alive(self) -> bool:
@@ -100,6 +125,7 @@ class Worker:
             "round": self.round,
             "contributed_rounds": self.contributed,
             "restarts": self.restarts,
+            "halvings": self.entry.halvings,
             "pid": self.process.pid if self.process and self.alive else None,
         }
 
@@ -134,7 +160,7 @@ class Supervisor:
         self._sensors = sensors or Sensors()
         self._workers: list[Worker] = []
         self.decision, self.paused = Decision(), False
-        self._limits, self._limits_read = Limits(), 0.0
+        self._limits, self._limits_read, self._limits_wrong = Limits(), 0.0, ""
         self._traffic = _Traffic(home.path / "traffic.json")
         self._stopping, self._changed = asyncio.Event(), asyncio.Event()
         #: Held by whoever starts and ends workers: the daemon's own looks, and one command at a time.
@@ -147,7 +173,8 @@ class Supervisor:
         """Until `stop`. Raises UserError if another daemon runs in this home, or its files cannot be read."""
         with self.home.locked_daemon():
             self._read_limits()
-            self._workers = [Worker(entry) for entry in self._read_runs()]
+            kept = self._read_runs()
+            self._workers, self.paused = [Worker(entry) for entry in kept.runs], kept.paused
             commands: dict[str, Handler] = {
                 "status": self._status,
                 "add": self._add,
@@ -217,7 +244,7 @@ class Supervisor:
             command += ["--upload-limit", str(limits.upload)]
         if limits.threads is not None:
             command += ["--threads", str(limits.threads)]
-        worker.state, worker.reason, worker.phase = "starting", "", ""
+        worker.state, worker.reason, worker.phase, worker.again = "starting", "", "", False
         worker.hangs, worker.started, worker.sent = 0, time.monotonic(), 0
         worker.words.clear()
         niceness, me = limits.niceness, os.getpid()
@@ -236,8 +263,8 @@ class Supervisor:
                 start_new_session=True,  # Ctrl-C in the daemon's terminal is for the daemon
                 preexec_fn=in_child,
             )
-        except OSError as error:
-            self._wait(worker, f"cannot be started: {error.strerror}")
+        except (OSError, ValueError) as error:
+            self._wait(worker, f"cannot be started: {error}")
             return
         self._emit("daemon.worker.started", run=worker.run, pid=worker.process.pid, arguments=entry.arguments)
         worker.watching = asyncio.create_task(self._watch(worker, worker.process))
@@ -306,14 +333,16 @@ class Supervisor:
         finished, worker.process, worker.watching = worker.state == "finishing", None, None
         self._emit("daemon.worker.ended", run=worker.run, code=code, said=said[:500])
         if code == 0:
-            if finished:
+            if worker.again:
+                worker.state, worker.reason, worker.wait_until = "starting", "", 0.0
+            elif finished:
                 worker.state, worker.reason = "stopped", FINISHED
             else:
                 self._forget(worker)  # `potluck leave`, or as many rounds as it was asked for
             return
         if out_of_memory(code, worker.words) and code != 5:
             worker.entry = msgspec.structs.replace(worker.entry, halvings=min(16, worker.entry.halvings + 1))
-            self._save_runs()
+            self._try_to_save()
             self._emit("daemon.worker.out_of_memory", run=worker.run, halvings=worker.entry.halvings)
         if code in NEEDS_YOU:
             worker.state, worker.reason = "stopped", f"{said} (then `potluck resume`)"
@@ -350,7 +379,7 @@ class Supervisor:
 
     def _forget(self, worker: Worker) -> None:
         self._workers.remove(worker)
-        self._save_runs()
+        self._try_to_save()
         self._emit("daemon.run.left", run=worker.run)
 
     # ---- commands -----------------------------------------------------------------------------------------------
@@ -365,23 +394,27 @@ class Supervisor:
             "reason": decision.text or None,
             "until": _iso(decision.until),
             "sent_this_month": self._traffic.this_month(),
+            "limits_error": self._limits_wrong or None,
             "runs": [worker.status() for worker in self._workers],
         }
 
     async def _add(self, arguments: list[str]) -> dict[str, Any]:
         """A run, from now on and at every start of the daemon; the same once more changes its options."""
         entry = _checked(arguments)
-        same = [w for w in self._workers if w.entry.arguments[:2] == entry.arguments[:2]]
+        same = [w for w in self._workers if (w.entry.arguments[:2] == arguments[:2]) or (w.run and w.run == entry.run)]
+        answer = {"works": self.decision.works, "reason": self.decision.text or None, "run": entry.run or None}
+        if any(worker.entry.arguments == arguments for worker in same):
+            return {"runs": len(self._workers), "had": True, **answer}
         if len(self._workers) >= MAX_RUNS and not same:
             raise UserError(f"this home takes part in {MAX_RUNS} runs already: leave one first")
         async with self._acting:
+            kept = [worker for worker in self._workers if worker not in same]
+            self._save_runs([*(worker.entry for worker in kept), entry])
             for worker in same:
                 await self._end(worker, "starting", "started again with other options")
-                self._workers.remove(worker)
-            self._workers.append(Worker(entry))
-            self._save_runs()
+            self._workers = [*kept, Worker(entry)]
         self._changed.set()
-        return {"runs": len(self._workers), "works": self.decision.works, "reason": self.decision.text or None}
+        return {"runs": len(self._workers), "had": False, "replaced": bool(same), **answer}
 
     async def _remove(self, run: str | None = None) -> dict[str, Any]:
         """Take no part any more, at once (`leave` is after the round)."""
@@ -396,15 +429,20 @@ class Supervisor:
         self.paused = True
         async with self._acting:
             await self._act()
+            self._try_to_save()
         return await self._status()
 
     async def _resume(self) -> dict[str, Any]:
         self.paused = False
         async with self._acting:
             for worker in self._workers:
-                if worker.state in ("stopped", "waiting", "paused"):
+                worker.entry = msgspec.structs.replace(worker.entry, finished=False)
+                if worker.state == "finishing":
+                    worker.again = True
+                elif worker.state in ("stopped", "waiting", "paused"):
                     worker.state, worker.reason, worker.wait_until, worker.crashes = "starting", "", 0.0, 0
             await self._act()
+            self._try_to_save()
         return await self._status()
 
     async def _finish(self, run: str | None = None) -> dict[str, Any]:
@@ -412,13 +450,17 @@ class Supervisor:
         after: dict[str, Any] = {}
         async with self._acting:
             for worker in self._chosen(run):
-                if worker.alive and worker.run:
+                if worker.state == "stopped":
+                    continue  # with an error, perhaps, which stays to be read
+                if worker.state == "working":
                     answer = await ask(self.home.find_run(worker.run).control_socket, "leave")
-                    worker.state, worker.reason = "finishing", "completes its round"
+                    worker.state, worker.reason, worker.again = "finishing", "completes its round", False
                     after[worker.run] = answer.get("leaving_after_round")
-                else:
-                    await self._end(worker, "stopped", "")
+                elif worker.state != "finishing":
+                    await self._end(worker, "stopped", FINISHED)
                     worker.state, worker.reason = "stopped", FINISHED
+                worker.entry = msgspec.structs.replace(worker.entry, finished=True)
+            self._try_to_save()
         return {"finishing": after}
 
     async def _stop(self) -> dict[str, Any]:
@@ -448,32 +490,51 @@ class Supervisor:
         except UserError as error:
             if first:
                 raise
+            self._limits_wrong = str(error)
             self._emit("daemon.limits.wrong", error=str(error))
         else:
+            self._limits_wrong = ""
             self._emit("daemon.limits.read", **msgspec.structs.asdict(self._limits))
 
     @property
     def _runs_file(self) -> Path:
         return self.home.path / "runs.json"
 
-    def _read_runs(self) -> list[Entry]:
+    def _read_runs(self) -> Kept:
         try:
-            return msgspec.json.decode(self._runs_file.read_bytes(), type=list[Entry])
+            kept = msgspec.json.decode(self._runs_file.read_bytes(), type=Kept)
+            for entry in kept.runs:
+                _checked(entry.arguments)
         except FileNotFoundError:
-            return []
-        except (OSError, msgspec.MsgspecError) as error:
-            raise UserError(f"{self._runs_file} cannot be read ({error}): remove it, then join again") from None
+            return Kept()
+        except (OSError, msgspec.MsgspecError, UserError) as error:
+            raise UserError(f"{self._runs_file} cannot be used ({error}): remove it, then join again") from None
+        return kept
 
-    def _save_runs(self) -> None:
-        write_atomically(self._runs_file, msgspec.json.encode([worker.entry for worker in self._workers]))
+    def _save_runs(self, entries: Sequence[Entry] | None = None) -> None:
+        """Raises UserError where that fails."""
+        runs = [worker.entry for worker in self._workers] if entries is None else list(entries)
+        write_atomically(self._runs_file, msgspec.json.encode(Kept(runs, self.paused)))
+
+    def _try_to_save(self) -> None:
+        """What is forgotten then is only what a restart of the daemon would have to know."""
+        try:
+            self._save_runs()
+        except UserError as error:
+            self._emit("daemon.runs.unsaved", error=str(error))
 
 
 def _checked(arguments: Sequence[str]) -> Entry:
     """Of a command that takes part in a run. Raises UserError for anything else."""
-    if not (2 <= len(arguments) <= 64 and all(isinstance(a, str) and len(a) < 4096 for a in arguments)):
+    words = isinstance(arguments, list) and all(
+        isinstance(a, str) and len(a) < 4096 and a.isprintable() for a in arguments
+    )
+    if not words or not 2 <= len(arguments) <= 64:
         raise UserError("a daemon takes `join INVITE`, `host FILE` or `validate INVITE`, and options")
-    if arguments[0] not in ("join", "host", "validate") or arguments[1].startswith("-"):
+    if arguments[0] not in ("join", "host", "validate"):
         raise UserError(f"a daemon cannot {arguments[0]!r}: only join, host and validate")
+    if arguments[1].startswith("-"):
+        raise UserError(f"{arguments[0]}: give the invite or the file first, then {arguments[1]}")
     for own in ("--home", "--json", "--of-daemon", "--disk-quota", "--upload-limit"):
         if any(a == own or a.startswith(f"{own}=") for a in arguments):
             raise UserError(f"{own} is the daemon's: leave it out (limits are in {LIMITS_FILE})")

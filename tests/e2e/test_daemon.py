@@ -75,23 +75,20 @@ def test_a_daemon_takes_over_pauses_comes_back_and_leaves() -> None:
         one = Volunteer(party.root / "v")
         await one.start()
         try:
-            said = await asyncio.to_thread(
-                potluck,
-                "join",
-                organizer.status["invite"],
-                "--home",
-                str(one.home.path),
-                "--loopback",
-                "--threads",
-                "1",
-            )
+            home = ("--home", str(one.home.path))
+            join = ("join", "--loopback", *home, organizer.status["invite"], "--threads", "1")
+            said = await asyncio.to_thread(potluck, *join)
             assert said.returncode == 0 and "handed to the daemon" in said.stdout, said
+            shown = await asyncio.to_thread(potluck, "status", *home)
+            assert shown.returncode == 0 and "daemon     works" in shown.stdout, shown
+            wrong = await asyncio.to_thread(potluck, "join", "potluck:nothing", *home)
+            assert wrong.returncode == 4, wrong
             await one.until(lambda run: run["contributed_rounds"] > 0)
             assert psutil.Process(one.process.pid).memory_info().rss < 80e6  # type: ignore[union-attr]
 
             await one.ask("pause")
             assert one.workers() == []
-            why = await asyncio.to_thread(potluck, "why", "--home", str(one.home.path))
+            why = await asyncio.to_thread(potluck, "why", *home)
             assert "paused by you" in why.stdout
             before = (await one.until(lambda run: run["state"] == "paused"))["contributed_rounds"]
             await one.ask("resume")
@@ -112,12 +109,18 @@ def test_a_daemon_takes_over_pauses_comes_back_and_leaves() -> None:
             await one.start()
             await one.until(lambda run: run["contributed_rounds"] > 0)
 
-            left = await asyncio.to_thread(potluck, "leave", "--wait", "--home", str(one.home.path))
+            left = await asyncio.to_thread(potluck, "leave", "--wait", *home)
             assert left.returncode == 0
             async with asyncio.timeout(30):
                 while (await one.ask("status"))["runs"]:
                     await asyncio.sleep(0.1)
             assert one.events("daemon.run.left")
+
+            await one.ask("pause")
+            assert (await asyncio.to_thread(potluck, *join)).returncode == 0
+            assert (await one.until(lambda run: run["state"] == "paused"))["pid"] is None
+            left = await asyncio.to_thread(potluck, "leave", *home)
+            assert left.returncode == 0 and not (await one.ask("status"))["runs"], left
             one.process.send_signal(signal.SIGINT)
             assert await asyncio.wait_for(one.process.wait(), 20) == 0
         finally:

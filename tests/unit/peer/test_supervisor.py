@@ -46,6 +46,9 @@ elif deed == "hangs":
     server.bind(os.path.join(home, "s", "RUN"[:8], "control.sock"))
     server.listen(64)
     time.sleep(600)
+elif deed == "leaves":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    time.sleep(600)
 elif deed == "memory":
     print("RuntimeError: CUDA out of memory", file=sys.stderr)
     sys.exit(1)
@@ -159,6 +162,105 @@ def test_a_pause_ends_the_worker_and_all_that_it_started_and_resume_goes_on(tmp_
     assert [e["rule"] for e in world.named("daemon.paused")] == ["you"]
 
 
+def test_a_pause_and_a_finish_outlast_the_daemon(tmp_path: Path) -> None:
+    async def pausing(world: World) -> None:
+        await world.add("works")
+        await world.until(lambda run: run["state"] == "working")
+        await world.ask("pause")
+
+    async def finishing(world: World) -> None:
+        assert (await world.ask("status"))["rule"] == "you"
+        await world.ask("finish")
+        await world.ask("pause")
+
+    async def resuming(world: World) -> None:
+        found = await world.until(lambda run: run["state"] == "stopped")
+        assert "resume" in found["reason"] and len(world.started()) == 1
+        await world.ask("resume")
+        await world.until(lambda run: run["state"] == "working")
+
+    for scene in (pausing, finishing, resuming):
+        play(tmp_path, scene)
+
+
+def test_who_resumes_while_the_last_round_is_completed_is_started_again(tmp_path: Path, monkeypatch: Any) -> None:
+    async def leaving(path: Path, command: str) -> dict[str, Any]:
+        if command == "leave":
+            os.kill(world_of[0].supervisor._workers[0].process.pid, signal.SIGTERM)  # type: ignore[union-attr]
+            return {"leaving_after_round": 3}
+        raise UserError("not asked here")
+
+    world_of: list[World] = []
+    monkeypatch.setattr("potluck.peer.supervisor.ask", leaving)
+
+    async def scene(world: World) -> None:
+        world_of.append(world)
+        await world.add("leaves")
+        await world.until(lambda run: run["state"] == "working")
+        assert (await world.ask("finish"))["finishing"] == {RUN: 3}
+        await world.ask("resume")
+        while len(world.started()) < 2:
+            await asyncio.sleep(0.02)
+        await world.until(lambda run: run["state"] == "working")
+        await world.ask("finish")
+        await world.until(lambda run: run["state"] == "stopped")
+
+    play(tmp_path, scene)
+
+
+def test_the_same_run_once_more_changes_nothing_and_other_options_begin_anew(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("works")
+        pid = (await world.until(lambda run: run["state"] == "working"))["pid"]
+        assert (await world.ask("add", arguments=["join", "works"]))["had"]
+        assert (await world.run())["pid"] == pid
+        assert (await world.ask("add", arguments=["join", "works", "--threads", "1"]))["replaced"]
+        await world.until(lambda run: run["state"] == "working" and run["pid"] != pid)
+        assert len((await world.ask("status"))["runs"]) == 1
+
+    play(tmp_path, scene)
+
+
+def test_one_run_has_one_entry_whatever_invite_it_is_joined_by(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        for peer in ("1.2.3.4", "5.6.7.8"):
+            invite = f"potluck:{RUN}?peer=/ip4/{peer}/tcp/4001/p2p/12D3KooWNpbuDBLkcddYCTJHSYsReZGkm1e4qwZhmav5xFmAUz4p"
+            await world.add(invite)
+        found = (await world.ask("status"))["runs"]
+        assert [one["run"] for one in found] == [RUN] and "5.6.7.8" in found[0]["arguments"][1]
+        await world.ask("remove", run=RUN[:4])
+        assert not await world.run()
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"runs": [{"arguments": ["rm", "-rf"]}]}', "{", '{"runs": 3}', "\0"])
+def test_a_damaged_list_of_runs_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    home = Home(tmp_path / "h").open()
+    (home.path / "runs.json").write_text(text)
+    with pytest.raises(UserError, match=r"runs\.json .* remove it"):
+        asyncio.run(Supervisor(home, lambda *_, **__: None).run())
+
+
+def test_a_disk_that_takes_nothing_costs_no_run_and_no_daemon(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise UserError("no space left")
+
+    async def scene(world: World) -> None:
+        await world.add("works")
+        await world.until(lambda run: run["state"] == "working")
+        monkeypatch.setattr("potluck.peer.supervisor.write_atomically", full)
+        with pytest.raises(UserError, match="no space"):
+            await world.add("1")
+        await world.ask("pause")
+        await world.ask("resume")
+        await world.until(lambda run: run["state"] == "working")
+        await world.ask("remove")
+        assert not await world.run() and world.named("daemon.runs.unsaved")
+
+    play(tmp_path, scene)
+
+
 def test_a_rule_pauses_by_its_name_and_work_goes_on_when_it_ends(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         await world.add("works")
@@ -210,7 +312,7 @@ def test_too_little_memory_halves_the_batch_and_is_remembered(tmp_path: Path) ->
 
     world = play(tmp_path, scene)
     assert "--of-daemon 0" in world.started()[0] and "--of-daemon 1" in world.started()[1]
-    assert json.loads((world.home.path / "runs.json").read_text())[0]["halvings"] >= 2
+    assert json.loads((world.home.path / "runs.json").read_text())["runs"][0]["halvings"] >= 2
 
 
 def test_a_worker_that_does_not_answer_is_killed_and_started_again(tmp_path: Path, monkeypatch: Any) -> None:
@@ -233,12 +335,22 @@ def test_a_worker_that_leaves_by_itself_is_forgotten(tmp_path: Path) -> None:
             await asyncio.sleep(0.02)
         assert not await world.run()
 
-    assert json.loads((play(tmp_path, scene).home.path / "runs.json").read_text()) == []
+    assert json.loads((play(tmp_path, scene).home.path / "runs.json").read_text())["runs"] == []
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["join"], ["leave", "x"], ["join", "--json"], ["join", "x", "--home=/"], ["join", 3], ["join", "x" * 5000]],
+    [
+        [],
+        ["join"],
+        ["leave", "x"],
+        ["join", "--json"],
+        ["join", "x", "--home=/"],
+        ["join", 3],
+        ["join", "x" * 5000],
+        ["join", "a\0b"],
+        ["join", "--name", "x"],
+    ],
 )
 def test_what_is_no_command_of_a_peer_is_refused(tmp_path: Path, arguments: list[Any]) -> None:
     async def scene(world: World) -> None:

@@ -18,7 +18,7 @@ from potluck.errors import NetworkError, PotluckError, ProtocolError
 from potluck.incentives.entries import AnyEntry, Claim, CreditEntry, RoundEntry, ScoreEntry, Standing
 from potluck.incentives.judge import Effort, Judge, Judgement, Promise, Seen
 from potluck.incentives.ledger import Head, Ledger
-from potluck.incentives.score import remembered
+from potluck.incentives.score import POWER, remembered
 from potluck.incentives.steering import LAG_ROUNDS, Opinions, consensus, opinions_of
 from potluck.net.blobs import BlobId, BlobStore
 from potluck.net.host import PeerId
@@ -299,13 +299,26 @@ def seen_of(applied: Applied, module: str, beside: Mapping[str, str]) -> Seen:
 
 
 def payable(scores: Sequence[ScoreEntry]) -> dict[PeerId, float]:
-    """Whose contributions came and count, and the part of their share that is paid: while nobody has passed the test of
-    computation all weigh the same next to nothing, so it is as much as speaks for them by then."""
-    counted = (one for one in scores if one.came and not one.refused)
+    """Whose contributions came and count, and the part of their share that is paid.
+
+    While nobody has passed the test of computation all weigh the same next to nothing, so it is as much as speaks for
+    them by then. And nobody gets more because others are not known yet: all get as if everybody had passed."""
+    counted = [one for one in scores if one.came and not one.refused]
+    now = math.fsum(one.score**POWER for one in counted)
+    known = math.fsum(_if_known(one) ** POWER for one in counted)
+    part = now / known if known > 0 else 1.0
     return {
-        PeerId(one.peer): 1.0 if one.standing.verdict == 1 else min(1.0, one.factors.get("computation", 1.0))
+        PeerId(one.peer): part * (1.0 if one.standing.verdict == 1 else min(1.0, one.factors.get("computation", 1.0)))
         for one in counted
     }
+
+
+def _if_known(one: ScoreEntry) -> float:
+    """The score of a peer if its test, still open, had been passed."""
+    if one.standing.verdict != 0 or "computation" not in one.factors:
+        return one.score
+    others = (factor for name, factor in one.factors.items() if name != "computation")
+    return max(0.0, one.standing.usefulness) * math.prod(others)
 
 
 def opinions_in(entry: CreditEntry) -> Opinions:

@@ -43,6 +43,18 @@ def test_who_has_shown_little_is_paid_little_of_its_share() -> None:
     assert entry.paid == pytest.approx({ANNA: 50.0, BORIS: 7.5, CARLA: 20.0})
 
 
+def test_nobody_is_paid_more_because_another_is_not_known_yet() -> None:
+    passed = Standing(verdict=1, usefulness=1.0)
+    new = Standing(verdict=0, usefulness=1.0)
+    known = ScoreEntry(module="m", round=1, peer=ANNA, came=True, standing=passed, score=1.0)
+    unknown = ScoreEntry(
+        module="m", round=1, peer=BORIS, came=True, standing=new, score=0.25, factors={"computation": 0.25}
+    )
+    opinions = {one: {ANNA: 1 / 1.0625, BORIS: 0.0625 / 1.0625} for one in TERMS.stake}
+    entry, _ = credit("m", Round(1), ME, opinions, payable([known, unknown]), TERMS, Paid(), None, [])
+    assert entry.paid == pytest.approx({ANNA: 50.0, BORIS: 50.0 * 0.0625 * 0.25})
+
+
 def pay(rounds: Iterable[tuple[int, Claim | None, list[PeerId]]]) -> list[dict[str, float]]:
     """What validators earn: (round, check, who claims to have evaluated), one after another."""
     opinions = {one: WEIGHTS for one in TERMS.stake}

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from sample_entries import round_entry
+
 from potluck.cli.main import main
 from potluck.dht.manifest import RunId
-from potluck.incentives.entries import AnyEntry, CreditEntry, RoundEntry, ScoreEntry, Standing
+from potluck.incentives.entries import AnyEntry, CreditEntry, ScoreEntry, Standing
 from potluck.incentives.ledger import Ledger, verify_file
 from potluck.net.identity import Identity, peer_id_of
 from potluck.peer.home import Home
@@ -31,22 +34,7 @@ def potluck(*arguments: object) -> int:
 
 def entries(validator: str, number: int, **changes: float) -> list[AnyEntry]:
     return [
-        RoundEntry(
-            module="model",
-            round=number,
-            run=RUN,
-            validator=validator,
-            state="aa" * 32,
-            next_state="bb" * 32,
-            beacon="cc" * 32,
-            loss_before=3.5,
-            loss_after=3.25,
-            credit=0.25,
-            windows=48,
-            tests=8,
-            points=3,
-            error=0.01,
-        ),
+        round_entry(number, validator, run=RUN),
         ScoreEntry(module="model", round=number, peer=ANNA, came=True, standing=Standing(usefulness=1.0), score=1.0),
         ScoreEntry(module="model", round=number, peer=BORIS, refused="no commit", standing=Standing(missed=1)),
         CreditEntry(module="model", round=number, opinions={}, incentive={}, paid={ANNA: changes.get("paid", 2.5)}),

@@ -19,6 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymerkle import InmemoryTree, SqliteTree, verify_inclusion
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from sample_entries import round_entry
+
 from potluck.dht.manifest import RunId
 from potluck.errors import LedgerError, UserError
 from potluck.incentives import ledger as module
@@ -59,22 +62,7 @@ def score(identity: Identity, number: int, **changes: object) -> ScoreEntry:
 
 
 def a_round(identity: Identity, number: int, run: str = RUN) -> RoundEntry:
-    return RoundEntry(
-        module="model",
-        round=number,
-        run=run,
-        validator=identity.peer_id,
-        state="aa" * 32,
-        next_state="bb" * 32,
-        beacon="cc" * 32,
-        loss_before=3.5,
-        loss_after=3.25,
-        credit=0.25,
-        windows=48,
-        tests=8,
-        points=3,
-        error=0.01,
-    )
+    return round_entry(number, identity.peer_id, run=run)
 
 
 def written(path: Path, identity: Identity, batches: list[int], changed: int | None = None) -> Path:

@@ -6,10 +6,14 @@ import csv
 import io
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from sample_entries import round_entry
 
 from potluck.dht.manifest import RunId
 from potluck.errors import UserError
@@ -34,23 +38,7 @@ HASH = "ab" * 32
 
 
 def a_round(number: int, network_fault: bool = False, module: str = "model") -> RoundEntry:
-    return RoundEntry(
-        module=module,
-        round=number,
-        run="a" * 52,
-        validator=DORA,
-        state=HASH,
-        next_state=HASH,
-        beacon=HASH,
-        loss_before=3.5,
-        loss_after=3.25,
-        credit=0.25,
-        windows=48,
-        tests=8,
-        points=3,
-        error=0.013,
-        network_fault=network_fault,
-    )
+    return round_entry(number, DORA, module=module, error=0.013, network_fault=network_fault)
 
 
 def score(peer: str, number: int, **changes: Any) -> ScoreEntry:

@@ -182,7 +182,6 @@ class Supervisor:
                 "pause": self._pause,
                 "resume": self._resume,
                 "finish": self._finish,
-                "stop": self._stop,
             }
             async with ControlServer(self.home.daemon_socket, commands):
                 self._emit("daemon.started", runs=len(self._workers), pid=os.getpid())
@@ -462,10 +461,6 @@ class Supervisor:
                 worker.entry = msgspec.structs.replace(worker.entry, finished=True)
             self._try_to_save()
         return {"finishing": after}
-
-    async def _stop(self) -> dict[str, Any]:
-        self.stop()
-        return {"stopping": True}
 
     def _chosen(self, run: str | None) -> list[Worker]:
         chosen = [w for w in self._workers if run is None or w.run.startswith(run)]

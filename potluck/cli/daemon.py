@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,7 +124,7 @@ def hand_over(home: Path | None, command: str, what: str) -> bool:
     if command != "host":
         Invite.parse(what)
     words = sys.argv[sys.argv.index(command) + 1 :]
-    options = [_absolute(word) for word in _without(words, "--home", 1, "--json", 0, what, 0)]
+    options = [_absolute(word) for word in _without(words, {"--home": 1, "--json": 0, what: 0})]
     first = str(Path(what).absolute()) if command == "host" else what
     answer = ask_daemon(where, "add", arguments=[command, first, *options])
     if answer is None:
@@ -146,16 +147,15 @@ def _absolute(word: str) -> str:
     return f"{before}text:{Path(path).absolute()}" if text and before in ("", "--data=") else word
 
 
-def _without(words: list[str], *options: str | int) -> list[str]:
-    """A command line without some options; each is followed by how many values it has."""
-    values = dict(zip(options[::2], options[1::2], strict=True))
+def _without(words: list[str], values: Mapping[str, int]) -> list[str]:
+    """A command line without some of its words; `values`: how many others go with each."""
     kept, skip = [], 0
     for word in words:
         name = word if word in values else word.partition("=")[0]
         if skip:
             skip -= 1
         elif name in values:
-            skip = int(values[name]) if word == name else 0
+            skip = values[name] if word == name else 0
         else:
             kept.append(word)
     return kept

@@ -74,14 +74,12 @@ class Sensors:
         return sum(self._others) / len(self._others)
 
 
-def family(pids: Iterable[int]) -> set[int]:
-    """These processes and all that they started."""
-    found = set[int]()
-    for pid in pids:
-        with suppress(psutil.Error):
-            process = psutil.Process(pid)
-            found |= {pid, *(child.pid for child in process.children(recursive=True))}
-    return found
+def family(pid: int) -> set[int]:
+    """A process and all that it started; none where it has ended."""
+    try:
+        return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+    except psutil.Error:
+        return set()
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -205,8 +205,7 @@ class Supervisor:
         """One look at machine and workers, and what follows from it."""
         self._read_limits()
         limits, sent = self._limits, self._traffic.this_month()
-        pids = [os.getpid(), *(w.process.pid for w in self._workers if w.process and w.alive)]
-        self._sensed = await asyncio.to_thread(lambda: self._sensors.look(limits, family(pids), sent))
+        self._sensed = await asyncio.to_thread(lambda: self._sensors.look(limits, family(os.getpid()), sent))
         async with self._acting:
             await self._act()
         self._traffic.save_now_and_then(time.monotonic())
@@ -360,14 +359,14 @@ class Supervisor:
         process = worker.process
         if process is None:
             return
-        family_of = family([process.pid])
+        started = family(process.pid)
         with suppress(ProcessLookupError):
             process.send_signal(signal.SIGINT)
         try:
             await asyncio.wait_for(process.wait(), END_SECONDS)
         except TimeoutError:
             pass
-        for pid in family_of:
+        for pid in started:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         await process.wait()
@@ -400,13 +399,15 @@ class Supervisor:
     async def _add(self, arguments: list[str]) -> dict[str, Any]:
         """A run, from now on and at every start of the daemon; the same once more changes its options."""
         entry = _checked(arguments)
-        same = [w for w in self._workers if (w.entry.arguments[:2] == arguments[:2]) or (w.run and w.run == entry.run)]
         answer = {"works": self.decision.works, "reason": self.decision.text or None, "run": entry.run or None}
-        if any(worker.entry.arguments == arguments for worker in same):
-            return {"runs": len(self._workers), "had": True, **answer}
-        if len(self._workers) >= MAX_RUNS and not same:
-            raise UserError(f"this home takes part in {MAX_RUNS} runs already: leave one first")
         async with self._acting:
+            same = [
+                w for w in self._workers if w.entry.arguments[:2] == arguments[:2] or (w.run and w.run == entry.run)
+            ]
+            if any(worker.entry.arguments == arguments for worker in same):
+                return {"runs": len(self._workers), "had": True, **answer}
+            if len(self._workers) >= MAX_RUNS and not same:
+                raise UserError(f"this home takes part in {MAX_RUNS} runs already: leave one first")
             kept = [worker for worker in self._workers if worker not in same]
             self._save_runs([*(worker.entry for worker in kept), entry])
             for worker in same:

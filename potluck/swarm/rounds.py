@@ -209,7 +209,7 @@ class GossipReplica(Follower):
         if await self._committed_before(window):
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="committed_before")
             return
-        encoded = await self._in_thread(self._encode)
+        encoded = await self._in_thread(self._encode, window.round)
         if encoded is None or not math.isfinite(mine.result.loss_before + mine.result.loss_after):
             self._drop_residual("training diverged")
             self.trainer.forget()
@@ -217,7 +217,7 @@ class GossipReplica(Follower):
             return
         blob, contribution = encoded
         mine.contribution = contribution
-        ref = await self._exchange.offer(marked(blob, self.peer, self.module, window.round), window.commit_by)
+        ref = await self._exchange.offer(blob, window.commit_by)
         fragment = None
         if self.shards > 1:
             theta, fragments = self._state.theta, self.rules.fragments
@@ -282,11 +282,11 @@ class GossipReplica(Follower):
             self._emit("swarm.commit.failed", round=window.round, error=str(error))
             return False
 
-    def _encode(self) -> tuple[bytes, Contribution] | None:
-        """(blob, what others will decode from it); None if training diverged and nobody would take it."""
+    def _encode(self, round_: Round) -> tuple[bytes, Contribution] | None:
+        """(what is committed to, what others decode from it); None if training diverged and nobody would take it."""
         try:
             blob = self.codec.encode(self.trainer.delta(self._state.theta), self.layout, self.residual)
-            return blob, self.codec.decode(blob, self.layout)
+            return marked(blob, self.peer, self.module, round_), self.codec.decode(blob, self.layout)
         except (ValueError, CodecError):
             return None
 

@@ -40,11 +40,13 @@ class Codec(Protocol):
 
 def make_codec(name: str, parameters: Mapping[str, int | float] | None = None) -> Codec:
     """The codec a manifest names. Raises ManifestError that lists what there is."""
+    from potluck.swarm.codecs.int4 import Int4Codec
     from potluck.swarm.codecs.int8 import Int8Codec
     from potluck.swarm.codecs.none import NoneCodec
+    from potluck.swarm.codecs.sign import SignCodec
     from potluck.swarm.codecs.sparse import SparseCodec
 
-    registry = {"none": NoneCodec, "int8": Int8Codec, "sparse": SparseCodec}
+    registry = {"none": NoneCodec, "int8": Int8Codec, "int4": Int4Codec, "sparse": SparseCodec, "sign": SignCodec}
     if name not in registry:
         raise ManifestError(f"codec.name: unknown codec {name!r}; this version knows {', '.join(registry)}")
     try:
@@ -54,4 +56,4 @@ def make_codec(name: str, parameters: Mapping[str, int | float] | None = None) -
     return codec
 
 
-CODEC_NAMES = ("none", "int8", "sparse")
+CODEC_NAMES = ("none", "int8", "int4", "sparse", "sign")

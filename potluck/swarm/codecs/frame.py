@@ -9,7 +9,7 @@ import numpy as np
 from potluck.errors import CodecError
 from potluck.swarm.layout import Layout
 
-MAGIC = b"PLC1"
+MAGIC = b"PLC2"
 NAME_BYTES = 12
 HEADER_BYTES = len(MAGIC) + NAME_BYTES + 16
 

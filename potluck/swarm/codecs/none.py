@@ -14,7 +14,7 @@ class NoneCodec:
     has_residual = False
 
     def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
-        return header(self.name, layout) + np.ascontiguousarray(delta, dtype="<f4").tobytes()
+        return b"".join([header(self.name, layout), np.ascontiguousarray(delta, dtype="<f4").data])
 
     def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:
         values = Reader(blob, self.name, layout, 4 * layout.size).take("<f4", layout.size)

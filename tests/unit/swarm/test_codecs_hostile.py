@@ -119,7 +119,7 @@ def test_another_codecs_layouts_or_versions_blob_is_refused(name: str) -> None:
     with pytest.raises(CodecError):
         codec.decode(blob, other)
     with pytest.raises(CodecError):
-        codec.decode(b"PLC2" + blob[4:], LAYOUT)
+        codec.decode(b"PLC1" + blob[4:], LAYOUT)
     for another in CODEC_NAMES:
         if another != name:
             with pytest.raises(CodecError):
@@ -133,7 +133,7 @@ def test_poisoned_values_are_refused_on_arrival(poison: float) -> None:
     bad[3] = poison
     with pytest.raises(CodecError):
         codec.decode(codec.encode(bad, LAYOUT), LAYOUT)
-    for name in ("int8", "sparse"):
+    for name in ("int8", "int4", "sparse"):
         encoder = make_codec(name)
         if np.isfinite(poison):
             with pytest.raises(CodecError):

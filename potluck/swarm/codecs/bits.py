@@ -1,0 +1,42 @@
+"""Small unsigned integers as bit planes: the first bit of all of them, then the second of all, the least significant
+first. Each plane is padded to whole bytes with zeros. So packing and unpacking is a few passes over whole arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from potluck.errors import CodecError
+
+
+def planes_bytes(count: int, bits: int) -> int:
+    return bits * bits_bytes(count)
+
+
+def bits_bytes(count: int) -> int:
+    return -(-count // 8)
+
+
+def pack_planes(values: npt.NDArray[np.integer], bits: int) -> bytes:
+    """`values`: shape (n,), 0 <= v < 2^bits."""
+    return b"".join(np.packbits((values >> plane & 1).astype(np.uint8)).tobytes() for plane in range(bits))
+
+
+def unpack_planes(packed: npt.NDArray[np.uint8], count: int, bits: int) -> npt.NDArray[np.unsignedinteger]:
+    """Inverse of `pack_planes`; `packed` has `planes_bytes(count, bits)` bytes. Raises CodecError if padding is set."""
+    dtype: Any = np.uint8 if bits <= 8 else np.uint32
+    values = np.zeros(count, dtype=dtype)
+    for plane, row in enumerate(packed.reshape(bits, bits_bytes(count)) if bits else ()):
+        np.bitwise_or(values, unpack_bits(row, count).astype(dtype, copy=False) << dtype(plane), out=values)
+    return values
+
+
+def unpack_bits(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
+    """The first `count` bits as zeros and ones. Raises CodecError if one of the padding is set."""
+    bits = np.unpackbits(packed)
+    if bits[count:].any():
+        raise CodecError("padding is not zero")
+    return bits[:count]

@@ -3,8 +3,8 @@
     python benchmarks/codecs.py [--quick] [--parameters 25] [--repeats 9] [--threads 2]
 
 All in one process, in turns, on the same random values: what disturbs one disturbs the others. Speeds are of float32
-input (4 bytes per parameter), the median of the repeats. `decode` gives a contribution as it is aggregated, for `sparse`
-indices and values; `aggregate` decodes 16 contributions and aggregates them, with its speed counted in
+input (4 bytes per parameter), the median of the repeats. `decode` gives a contribution as it is aggregated, for
+`sparse` indices and values; `aggregate` decodes 16 contributions and aggregates them, with its speed counted in
 parameters of the module (16 contributions to it count once). Bytes are those of a blob on the wire.
 
 The last line is JSON. Goals: `sparse` at most 0.020 byte per parameter, encode 0.5 GB/s, decode and aggregate 1 GB/s;

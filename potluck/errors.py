@@ -6,7 +6,8 @@
     │   │   └── BackupError                    a backup or a recovery phrase that is damaged, foreign or hostile
     │   │       └── WrongPassphrase            the backup is whole, and this passphrase does not open it
     │   ├── ManifestError                 4    manifest or invite corrupt, foreign, unknown, out of bounds
-    │   └── HardwareError                 5    a device or an amount of memory or disk that is not there
+    │   ├── HardwareError                 5    a device or an amount of memory or disk that is not there
+    │   └── DiskFull                     11    no space left: a daemon tries again by itself
     ├── NetworkError                      6    nobody reachable, bootstrap failed, port in use
     │   ├── DaemonError                   6    the libp2p daemon did not start, or died
     │   ├── RpcError                      6    a call to one peer failed
@@ -56,6 +57,10 @@ class ManifestError(UserError):
 
 class HardwareError(UserError):
     exit_code = 5
+
+
+class DiskFull(UserError):
+    exit_code = 11
 
 
 class NetworkError(PotluckError):

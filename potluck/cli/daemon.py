@@ -6,7 +6,8 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from potluck.errors import NetworkError
 
 if TYPE_CHECKING:
     from potluck.peer.home import Home
+    from potluck.peer.supervisor import Supervisor
 
 #: Of a command that may end workers, one after another.
 COMMAND_SECONDS = 15.0
@@ -24,10 +26,22 @@ COMMAND_SECONDS = 15.0
 OfRunOption = Annotated[str | None, typer.Option("--run", help="First characters of the run id (default: all runs).")]
 
 
-def daemon(home: HomeOption = None, as_json: JsonOption = False) -> None:
+#: Of the page, where nobody else has it.
+PAGE_PORT = 7770
+
+PageOption = Annotated[bool, typer.Option("--page/--no-page", help="Serve this home's own page, on this machine only.")]
+PortOption = Annotated[
+    int, typer.Option("--port", min=0, max=65535, help="Of the page; a free one if it is taken, or for 0.")
+]
+
+
+def daemon(
+    home: HomeOption = None, page: PageOption = True, port: PortOption = PAGE_PORT, as_json: JsonOption = False
+) -> None:
     """Keep this home's runs going while its limits allow it (foreground; `potluck service install` for every day).
 
-    `potluck join INVITE` in the same home then hands the run over to the daemon. Limits: `potluck limits`.
+    `potluck join INVITE` in the same home then hands the run over to the daemon. Limits: `potluck limits`. Its page in
+    a browser: `potluck page`.
 
     Example:  potluck daemon
     """
@@ -42,9 +56,32 @@ def daemon(home: HomeOption = None, as_json: JsonOption = False) -> None:
         supervisor = Supervisor(where, log.emit)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
-        await supervisor.run()
+        async with AsyncExitStack() as stack:
+            url = await stack.enter_async_context(_page(supervisor, port)) if page else None
+            supervisor.commands["page"] = lambda: _told(url)
+            if url is not None:
+                log.emit("daemon.page", url=url)
+            await supervisor.run()
 
     asyncio.run(run())
+
+
+@asynccontextmanager
+async def _page(supervisor: Supervisor, port: int) -> AsyncIterator[str]:
+    """Its URL. In the daemon's own process: nothing of it needs torch or the network."""
+    from potluck.peer.web.app import create_app
+    from potluck.peer.web.machine import DaemonMachine
+    from potluck.peer.web.serve import serve
+    from potluck.peer.web.token import token_of
+
+    home = supervisor.home
+    app = create_app(home.runs, machine=DaemonMachine(supervisor), token=token_of(home.path), max_viewers=100)
+    async with serve(app, "127.0.0.1", port, any_port=True) as url:
+        yield url
+
+
+async def _told(url: str | None) -> dict[str, Any]:
+    return {"url": url}
 
 
 def pause(home: HomeOption = None, as_json: JsonOption = False) -> None:

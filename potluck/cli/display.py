@@ -76,6 +76,7 @@ def event_line(event: Event) -> str | None:
                 "too_late": "not done before the commit deadline",
                 "nothing": "nothing was trained in it",
                 "not_stored": "the commit was not stored in time",
+                "disk_full": "the disk has no room for its contribution",
                 "committed_before": "an earlier process of this peer committed to it already",
                 "diverged": "the local steps gave values that are not finite (is training.learning_rate too high?)",
             }

@@ -13,6 +13,7 @@ from potluck.cli.options import (
     AnnounceOption,
     DataOption,
     DeviceOption,
+    DownloadOption,
     HomeOption,
     JsonOption,
     ListenOption,
@@ -42,6 +43,7 @@ def doctor(
     announce: AnnounceOption = None,
     disk_quota: QuotaOption = "10GB",
     upload_limit: UploadOption = None,
+    download_limit: DownloadOption = None,
     loopback: LoopbackOption = False,
     benchmark: Annotated[
         bool, typer.Option("--benchmark/--no-benchmark", help="Measure the training speed, if it is not known yet.")
@@ -60,7 +62,7 @@ def doctor(
     """
     if fresh and not benchmark:
         raise UserError("--fresh and --no-benchmark exclude each other")
-    network = network_settings(listen, announce, disk_quota, upload_limit, loopback)
+    network = network_settings(listen, announce, disk_quota, upload_limit, loopback, download_limit)
     from potluck.dht.invite import Invite
     from potluck.peer.checkup import check_up
     from potluck.peer.home import Home, default_home

@@ -12,6 +12,7 @@ from potluck.cli.options import (
     AnnounceOption,
     DataOption,
     DeviceOption,
+    DownloadOption,
     HomeOption,
     JsonOption,
     ListenOption,
@@ -21,8 +22,10 @@ from potluck.cli.options import (
     QuotaOption,
     RoundsOption,
     StageOption,
+    TelemetryOption,
     ThreadsOption,
     UploadOption,
+    VramOption,
 )
 
 
@@ -38,8 +41,11 @@ def host(
     announce: AnnounceOption = None,
     disk_quota: QuotaOption = "10GB",
     upload_limit: UploadOption = None,
+    download_limit: DownloadOption = None,
+    vram_limit: VramOption = None,
     rounds: RoundsOption = None,
     loopback: LoopbackOption = False,
+    telemetry: TelemetryOption = True,
     of_daemon: OfDaemonOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,8 +72,11 @@ def host(
         announce=announce,
         disk_quota=disk_quota,
         upload_limit=upload_limit,
+        download_limit=download_limit,
+        vram_limit=vram_limit,
         rounds=rounds,
         loopback=loopback,
+        telemetry=telemetry,
         halvings=of_daemon or 0,
         as_json=as_json,
     )

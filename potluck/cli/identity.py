@@ -1,4 +1,4 @@
-"""`potluck identity`: who this home is, and how to stay it when the machine is lost."""
+"""`potluck identity`: who this home is, how to stay it when the machine is lost, and to be it on several machines."""
 
 from __future__ import annotations
 
@@ -34,20 +34,37 @@ PassphraseFileOption = Annotated[
 def show(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Print this home's peer id, which is also its account in the ledger. The key is made if there is none.
 
-    Below it: where the key lies, and which backups of it were made from this home.
+    Below it: where the key lies, which backups of it were made from this home, for which account this machine earns
+    credit if that is not its own, and which machines were taken in to earn for this one.
 
     Example:  potluck identity show --home ~/validator
     """
     from potluck.peer.home import Home, default_home
+    from potluck.peer.links import LinkNotes, next_key_path
 
     where = Home(home or default_home()).open()
     peer = where.identity().peer_id
-    note = where.backups(peer)
+    note, links = where.backups(peer), LinkNotes.load(where)
+    book = links.book
+    machines = {one.peer: one.made_at for one in links.open_offers()}
+    account, unfinished = book.account_of(peer), next_key_path(where).exists()
+    linked = {one.peer: one.made_at for one in book.links() if book.account_of(one.peer) == peer}
+    machines = {one: at for one, at in machines.items() if one not in linked}
     if as_json:
         backups = {"file": note.file, "file_at": note.file_at, "phrase_at": note.phrase_at}
-        print(json.dumps({"peer": peer, "key": str(where.key_path), "backups": backups}))
+        shown: dict[str, object] = {"peer": peer, "key": str(where.key_path), "backups": backups, "account": account}
+        shown |= {"machines": machines, "linked": linked, "rotation_unfinished": unfinished}
+        print(json.dumps(shown))
         return
     print(f"{peer}\nkey      {where.key_path}\nbackup   {_text(note)}")
+    if account != peer:
+        print(f"account  {account}, which its credit counts for")
+    for name, at in machines.items():
+        print(f"machine  {name}, taken in {_date(at)}; it counts once it has accepted")
+    for name, at in linked.items():
+        print(f"linked   {name}, {_date(at)}; its credit counts for this key")
+    if unfinished:
+        print("rotation was interrupted: `potluck identity rotate` again finishes it")
 
 
 def backup(
@@ -131,6 +148,142 @@ def restore(
     else:
         print(f"{'restored' if new else 'nothing to do, it has the same key already:'} {identity.peer_id}")
         print(f"key      {where.key_path}")
+
+
+def delegate(
+    peer: Annotated[str, typer.Argument(help="The other machine's peer id (`potluck identity show` there).")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take another machine in: what it earns will count for this home's key.
+
+    Prints one line, which does nothing until it is accepted there: `potluck identity accept LINE`. Only that machine
+    can accept it, so the line is no secret.
+
+    Example:  potluck identity delegate 12D3KooWPXZaM6j5FXCyMeQEuZ6yjQgAgNuhJG1bCMSx4vLoxVG9
+    """
+    from potluck.net.host import PeerId
+    from potluck.peer.home import Home, default_home
+    from potluck.peer.links import offer
+
+    where = Home(home or default_home()).open()
+    made = offer(where, where.identity(), PeerId(peer), time.time())
+    if as_json:
+        print(json.dumps({"account": made.account, "peer": made.peer, "made_at": made.made_at, "line": made.line()}))
+        return
+    print(f"On {made.peer}: `potluck identity accept`, and this line:", file=sys.stderr)
+    print(made.line())
+
+
+def accept(
+    line: Annotated[str, typer.Argument(help="A line of `potluck identity` from another machine.", metavar="LINE")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Accept a line that another machine printed.
+
+    A `potluck-offer:` makes this machine earn for the account that it is from; until that account revokes it, and with
+    all that this key has earned for itself. A `potluck-link:` or `potluck-end:` is kept, and shown to validators by
+    this machine as well. A peer that is running here need not be stopped.
+
+    Example:  potluck identity accept potluck-offer:AYSpc3RhdGVtZW50pW9mZmVy...
+    """
+    from potluck.net.links import End, parse_line
+    from potluck.peer.home import Home, default_home
+    from potluck.peer.links import LinkNotes
+    from potluck.peer.links import accept as accepted
+
+    statement = parse_line(line)
+    where = Home(home or default_home()).open()
+    me = where.identity()
+    link, new = accepted(where, me, statement)
+    account = LinkNotes.load(where).book.account_of(me.peer_id)
+    if as_json:
+        fields = {"peer": link.peer, "account": link.account, "made_at": link.made_at, "line": link.line()}
+        print(json.dumps({**fields, "ends": isinstance(link, End), "new": new, "counts_for": account}))
+        return
+    said = f"{link.peer} counts for {link.account}{' no more' if isinstance(link, End) else ''}"
+    print(said if new else f"nothing to do, this is known here: {said}")
+    if account != me.peer_id:
+        print(f"credit of this machine counts for account {account}")
+
+
+def revoke(
+    peer: Annotated[str, typer.Argument(help="The peer id of a machine that this home's key had taken in.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """End what `potluck identity delegate` began, for a machine that was lost, stolen or given away.
+
+    What it earned before stays with this account. Validators learn it from the peer of this home, when it takes part in
+    a run; where it does not, from any machine that accepted the line which this prints.
+
+    Example:  potluck identity revoke 12D3KooWPXZaM6j5FXCyMeQEuZ6yjQgAgNuhJG1bCMSx4vLoxVG9
+    """
+    from potluck.net.host import PeerId
+    from potluck.net.identity import Identity
+    from potluck.peer.home import Home, default_home
+    from potluck.peer.links import end
+
+    where = Home(home or default_home())
+    made, known = end(where, Identity.load(where.key_path), PeerId(peer), time.time())
+    if not known:
+        print("This home never took it in, as far as it remembers: compare the peer id.", file=sys.stderr)
+    if as_json:
+        fields = {"account": made.account, "peer": made.peer, "made_at": made.made_at, "line": made.line()}
+        print(json.dumps({**fields, "known": known}))
+        return
+    print("From now on it counts for itself. Other machines may show that, too:", file=sys.stderr)
+    print(made.line())
+
+
+def rotate(
+    file: Annotated[
+        Path | None, typer.Argument(help="Write an encrypted backup of the new key there.", metavar="FILE")
+    ] = None,
+    no_backup: Annotated[bool, typer.Option("--no-backup", help="Instead: back the new key up later.")] = False,
+    passphrase_file: PassphraseFileOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing FILE.")] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give this home a new key, which all credit of the old one, and of machines that earn for it, counts for.
+
+    The new key is backed up first: without it, the account is lost. The old one stays in the home, under `retired`. If
+    this is interrupted, do it again.
+
+    Example:  potluck identity rotate /media/stick/potluck-2.backup
+    """
+    from potluck.net.identity import Identity
+    from potluck.net.identity_backup import Backup, write_backup
+    from potluck.peer.home import BackupNote, Home, default_home
+    from potluck.peer.links import check_rotatable, next_key, retired_path
+    from potluck.peer.links import rotate as rotated
+
+    if (file is None) != no_backup:
+        raise UserError("give either FILE, for a backup of the new key, or --no-backup")
+    where = Home(home or default_home())
+    old = Identity.load(where.key_path)
+    check_rotatable(where, old)
+    note = None
+    if file is not None:
+        _check_free(file, where.key_path, force)
+        passphrase = _passphrase(passphrase_file, twice=True)
+        new = next_key(where)
+        write_backup(file, Backup.seal(new.seed, passphrase), force)
+        note = BackupNote(new.peer_id, file=str(file.absolute()), file_at=time.time())
+    new, link = rotated(where, old, time.time())
+    if note is not None:
+        _remember(where, note)
+    kept = retired_path(where, old.peer_id)
+    if as_json:
+        print(json.dumps({"peer": new.peer_id, "before": old.peer_id, "retired": str(kept), "line": link.line()}))
+        return
+    print(f"{new.peer_id}\nkey      {where.key_path}\nbefore   {old.peer_id}, kept as {kept}")
+    if note is None:
+        print("backup   none: `potluck identity backup FILE`, now")
+    print("Machines that earn for this account may show it, too: `potluck identity accept`, and this line:")
+    print(link.line())
 
 
 def _check_shown(yes: bool) -> None:

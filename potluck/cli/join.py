@@ -11,6 +11,7 @@ from potluck.cli.options import (
     AnnounceOption,
     DataOption,
     DeviceOption,
+    DownloadOption,
     HomeOption,
     JsonOption,
     ListenOption,
@@ -20,9 +21,11 @@ from potluck.cli.options import (
     QuotaOption,
     RoundsOption,
     StageOption,
+    TelemetryOption,
     ThreadsOption,
     TrainOnlyOption,
     UploadOption,
+    VramOption,
 )
 
 
@@ -39,8 +42,11 @@ def join(
     announce: AnnounceOption = None,
     disk_quota: QuotaOption = "10GB",
     upload_limit: UploadOption = None,
+    download_limit: DownloadOption = None,
+    vram_limit: VramOption = None,
     rounds: RoundsOption = None,
     loopback: LoopbackOption = False,
+    telemetry: TelemetryOption = True,
     of_daemon: OfDaemonOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,8 +73,11 @@ def join(
         announce=announce,
         disk_quota=disk_quota,
         upload_limit=upload_limit,
+        download_limit=download_limit,
+        vram_limit=vram_limit,
         rounds=rounds,
         loopback=loopback,
+        telemetry=telemetry,
         halvings=of_daemon or 0,
         as_json=as_json,
     )

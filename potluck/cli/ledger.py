@@ -35,18 +35,22 @@ def show(
 ) -> None:
     """Who earned what: credit, rounds, last score, and whether it was found to train.
 
+    Where machines count for an account of their owner's (`potluck identity delegate`), also each account's sum.
+
     Example:  potluck ledger show
 
     Example:  potluck ledger show validator.ledger --json
     """
+    from potluck.incentives.accounts import Accounts
     from potluck.incentives.ledger import Ledger
     from potluck.incentives.report import leaderboard, validators
 
     with Ledger.read(_path(file, home, run)) as ledger:
         rows, scoring = leaderboard(ledger.entries()), validators(ledger.entries())
+        accounts = Accounts.of(ledger.entries()).rows()
         head = ledger.head
     if as_json:
-        print(_encoded({**_fields(head), "peers": rows, "validators": scoring}))
+        print(_encoded({**_fields(head), "peers": rows, "validators": scoring, "accounts": accounts}))
         return
     print(_text(head))
     table = [("peer", "credit", "share", "rounds", "refused", "missed", "score", "verdict")]
@@ -58,6 +62,14 @@ def show(
         print()
         checked = [(one.peer, f"{one.earned:.6g}", str(one.passed), str(one.failed)) for one in scoring]
         _print_table([("validator", "earned", "checks passed", "failed"), *checked])
+    if shared := [account for account in accounts if [one.peer for one in account.machines] != [account.account]]:
+        print()
+        sums = [("account", "credit", "")]
+        for account in shared:
+            sums.append((account.account, f"{account.credit:.6g}", ""))
+            for one in account.machines:
+                sums.append((f"  {one.peer}", f"{one.credit:.6g}", "" if one.linked else "until it was revoked"))
+        _print_table(sums)
 
 
 def peer(
@@ -73,17 +85,20 @@ def peer(
 
     Example:  potluck ledger peer Abc --ledger validator.ledger
     """
+    from potluck.incentives.accounts import Accounts
     from potluck.incentives.ledger import Ledger
     from potluck.incentives.report import find_peer, history, leaderboard
 
     with Ledger.read(_path(ledger, home, run)) as opened:
         row = find_peer(leaderboard(opened.entries()), peer)
         rounds = history(opened.entries(), row.peer)
+        account = Accounts.of(opened.entries()).account_of(row.peer)
     if as_json:
         for one in rounds:
-            print(_encoded({"peer": row.peer, **_fields(one)}))
+            print(_encoded({"peer": row.peer, "account": account, **_fields(one)}))
         return
-    print(f"peer {row.peer}: credit {row.credit:.6g}, {row.share:.1%} of all")
+    counts = "" if account == row.peer else f", which counts for {account}"
+    print(f"peer {row.peer}: credit {row.credit:.6g}, {row.share:.1%} of all{counts}")
     columns = ("round", "outcome", "module", "weight", "alignment", "random", "own", "factor", "score", "share", "paid")
     _print_table([columns, *map(_cells, rounds)])
 
@@ -102,6 +117,7 @@ def explain(
 
     Example:  potluck ledger explain Abc --ledger validator.ledger --rounds 100
     """
+    from potluck.incentives.accounts import Accounts
     from potluck.incentives.ledger import Ledger
     from potluck.incentives.report import credit_over_time, find_peer, history, leaderboard
     from potluck.incentives.report import explain as explained
@@ -109,10 +125,11 @@ def explain(
     with Ledger.read(_path(ledger, home, run)) as opened:
         rows = leaderboard(opened.entries())
         row = find_peer(rows, peer)
-        lines = explained(row, rows.index(row) + 1, history(opened.entries(), row.peer), rounds)
+        account = Accounts.of(opened.entries()).account_of(row.peer)
+        lines = explained(row, rows.index(row) + 1, history(opened.entries(), row.peer), rounds, account)
         curve = credit_over_time(opened.entries(), [row.peer])[row.peer]
     if as_json:
-        print(_encoded({"peer": row.peer, "lines": lines, "credit": curve}))
+        print(_encoded({"peer": row.peer, "account": account, "lines": lines, "credit": curve}))
         return
     print("\n".join(lines))
     if curve:

@@ -12,7 +12,8 @@ from potluck.cli.options import HomeOption, JsonOption, parse_bytes
 from potluck.errors import UserError
 
 #: Settings that are sizes in bytes, or bytes per second.
-_SIZES = ("upload", "upload_month", "disk_quota")
+_SIZES = ("upload", "upload_month", "download", "download_month", "disk_quota", "memory", "vram")
+_WHOLE = ("threads", *_SIZES)
 
 
 def show(home: HomeOption = None, as_json: JsonOption = False) -> None:
@@ -20,18 +21,23 @@ def show(home: HomeOption = None, as_json: JsonOption = False) -> None:
 
     Example:  potluck limits show
     """
-    from msgspec.structs import asdict
+    from msgspec import to_builtins
 
     from potluck.peer.home import Home, default_home
     from potluck.peer.limits import Limits, read_limits
 
-    limits = asdict(read_limits(Home(home or default_home()).path))
+    limits = to_builtins(read_limits(Home(home or default_home()).path))
     if as_json:
         print(json.dumps(limits))
         return
+    runs = limits.pop("runs")
     for name, value in limits.items():
         own = "" if value == getattr(Limits(), name) else "   (yours)"
         print(f"{name:<16}{_shown(name, value)}{own}")
+    for prefix, own_limits in runs.items():
+        for name, value in own_limits.items():
+            if value is not None:
+                print(f"runs.{prefix}.{name}  {_shown(name, value)}")
 
 
 def set_(
@@ -41,28 +47,45 @@ def set_(
 ) -> None:
     """Change limits; a running daemon follows within seconds. `NAME=` sets the default again.
 
-    Lists are divided by semicolons, sizes may have units. Caps of uploads, threads and niceness hold from the next
-    start of a worker on (`potluck pause && potluck resume`).
+    Lists are divided by semicolons, sizes may have units. All limits are the machine's, and shared by its runs; one run
+    can have less: runs.PREFIX.NAME, with the first characters of its id (upload, download, disk_quota, threads).
+    Threads, niceness and vram hold from the next start of a worker on (`potluck pause && potluck resume`).
 
     Example:  potluck limits set 'schedule=mon-fri 22:00-07:00; sat,sun 00:00-24:00' idle_minutes=10 upload=2MB
+
+    Example:  potluck limits set download=10MB runs.k3f9.download=2MB
     """
-    from msgspec.structs import asdict
+    from msgspec import MsgspecError, convert, to_builtins
 
     from potluck.peer.home import Home, default_home, write_atomically
-    from potluck.peer.limits import FILE, Limits, limits_toml, parse_limits, read_limits
+    from potluck.peer.limits import FILE, Limits, RunLimits, limits_toml, parse_limits, read_limits
 
     where = Home(home or default_home()).open()
-    values = asdict(read_limits(where.path))
-    default = asdict(Limits())
+    values = to_builtins(read_limits(where.path))
+    default, default_of_run = to_builtins(Limits()), to_builtins(RunLimits())
     for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals or name not in default:
-            raise UserError(f"{change!r}: give NAME=VALUE; names are {', '.join(default)}")
-        values[name] = _value(name, text.strip(), default[name]) if text.strip() else default[name]
-    text = limits_toml(Limits(**values))
-    limits = parse_limits(text.encode())  # types, bounds and times
+        name, equals, text = (part.strip() for part in change.partition("="))
+        prefix, _, of_run = name.removeprefix("runs.").partition(".")
+        if name.startswith("runs.") and (of_run in default_of_run or not (of_run or text)):
+            own = values["runs"].setdefault(prefix, {})
+            own |= {of_run: _value(of_run, text, None) if text else None} if of_run else dict.fromkeys(own)
+            if not any(own.values()):
+                del values["runs"][prefix]
+        elif equals and name in default and name != "runs":
+            values[name] = _value(name, text, default[name]) if text else default[name]
+        else:
+            names = [*default, *(f"runs.PREFIX.{one}" for one in default_of_run)]
+            names.remove("runs")
+            raise UserError(f"{change!r}: give NAME=VALUE; names are {', '.join(names)}")
+    try:
+        limits = convert(values, Limits)
+    except MsgspecError as error:
+        what, _, at = str(error).partition(" - at ")
+        raise UserError(f"{at.strip('`$.')}: {what}") from None
+    text = limits_toml(limits)
+    parse_limits(text.encode())  # also the times
     write_atomically(where.path / FILE, text.encode())
-    print(json.dumps(asdict(limits)) if as_json else text or "all limits are the defaults")
+    print(json.dumps(to_builtins(limits)) if as_json else text or "all limits are the defaults")
 
 
 def _value(name: str, text: str, default: object) -> object:
@@ -75,7 +98,7 @@ def _value(name: str, text: str, default: object) -> object:
             raise UserError(f"{name}={text}: give yes or no")
         return text.lower() in ("yes", "true")
     try:
-        number = int(text) if isinstance(default, int) or name == "threads" else float(text)
+        number = int(text) if isinstance(default, int) or name in _WHOLE else float(text)
     except ValueError:
         raise UserError(f"{name}={text}: give a number") from None
     if not math.isfinite(number):

@@ -28,10 +28,13 @@ from potluck.cli import (
     leave,
     ledger,
     limits,
+    monitor,
+    page,
     run_new,
     service,
     simulate,
     status,
+    top,
     validate,
     why,
 )
@@ -44,8 +47,8 @@ app = typer.Typer(
     "Join one:      potluck doctor 'potluck:...' && potluck join 'potluck:...'\n\n"
     "See it work:   potluck demo\n\n"
     "Exit codes: 0 done, 1 a bug, 2 a wrong setting, 3 identity, 4 manifest or invite, 5 hardware, 6 network, "
-    "7 a peer broke the protocol, 8 clock, 9 a checkpoint or state does not load, 10 a ledger does not hold, 130 "
-    "interrupted before it had joined (or ended by force).",
+    "7 a peer broke the protocol, 8 clock, 9 a checkpoint or state does not load, 10 a ledger does not hold, "
+    "11 the disk is full, 130 interrupted before it had joined (or ended by force).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,9 +57,15 @@ app = typer.Typer(
 runs = typer.Typer(help="Runs: `potluck run new` writes a manifest to start one from.", no_args_is_help=True)
 app.add_typer(runs, name="run")
 runs.command("new")(run_new.run_new)
-identities = typer.Typer(help="This home's identity: show it, back it up, restore it.", no_args_is_help=True)
+identities = typer.Typer(
+    help="This home's identity: show it, back it up, restore it, share it among machines, rotate it.",
+    no_args_is_help=True,
+)
 app.add_typer(identities, name="identity")
-for verb in (identity.show, identity.backup, identity.restore):
+for verb in (
+    *(identity.show, identity.backup, identity.restore),
+    *(identity.delegate, identity.accept, identity.revoke, identity.rotate),
+):
     identities.command()(verb)
 ledgers = typer.Typer(help="A validator's ledger: who earned what, why, and whether it holds.", no_args_is_help=True)
 app.add_typer(ledgers, name="ledger")
@@ -84,6 +93,9 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     daemon.pause,
     daemon.resume,
     daemon.finish,
+    page.page,
+    monitor.monitor,
+    top.top,
     export.export,
     generate.generate,
     simulate.simulate,

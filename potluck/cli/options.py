@@ -49,7 +49,20 @@ AnnounceOption = Annotated[
 ]
 QuotaOption = Annotated[str, typer.Option("--disk-quota", help="Disk space for contributions, e.g. 10GB.")]
 UploadOption = Annotated[
-    str | None, typer.Option("--upload-limit", help="Cap on serving contributions, per second, e.g. 2MB.")
+    str | None, typer.Option("--upload-limit", help="Cap on what this peer sends, per second, e.g. 2MB.")
+]
+DownloadOption = Annotated[
+    str | None, typer.Option("--download-limit", help="Cap on what this peer receives, per second, e.g. 10MB.")
+]
+VramOption = Annotated[
+    str | None, typer.Option("--vram-limit", help="Cap on the memory that this peer takes of a GPU, e.g. 8GB.")
+]
+TelemetryOption = Annotated[
+    bool,
+    typer.Option(
+        "--telemetry/--no-telemetry",
+        help="Tell who watches the run how this peer is (round, loss, speed, version), and hear the others.",
+    ),
 ]
 RoundsOption = Annotated[int | None, typer.Option("--rounds", min=1, help="Leave after this many rounds.")]
 OfDaemonOption = Annotated[

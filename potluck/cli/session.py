@@ -25,7 +25,7 @@ EXIT_SECONDS = 4.5
 #: Exit code of an interrupt before the peer had joined, and of an end that had to be forced.
 INTERRUPTED = 130
 #: Bytes per second.
-MIN_UPLOAD = 10_000
+MIN_RATE = 10_000
 MIN_QUOTA = 1_000_000
 
 
@@ -45,13 +45,17 @@ def run_peer(
     announce: list[str] | None,
     disk_quota: str,
     upload_limit: str | None,
+    download_limit: str | None = None,
+    vram_limit: str | None = None,
     rounds: int | None,
     loopback: bool,
+    telemetry: bool = True,
     halvings: int = 0,
     as_json: bool,
 ) -> None:
     """Train, or validate, until the run is left. Errors of the peer propagate."""
-    check_network_options(listen, announce, disk_quota, upload_limit)
+    check_network_options(listen, announce, disk_quota, upload_limit, download_limit)
+    vram = parse_bytes("--vram-limit", vram_limit) if vram_limit else None
     if not as_json and sys.stderr.isatty():
         print("loading...", file=sys.stderr)
     import uvloop
@@ -59,46 +63,66 @@ def run_peer(
     from potluck.peer.home import default_home
     from potluck.peer.worker import PeerSettings
 
-    network = network_settings(listen, announce, disk_quota, upload_limit, loopback)
+    network = network_settings(listen, announce, disk_quota, upload_limit, loopback, download_limit)
     if train_only and stage is not None:
         raise UserError("--train-only and --stage exclude each other: who only trains serves no stage")
+    from potluck.peer.hardware import default_threads
+
     settings = PeerSettings(
         name=name,
         device=device,
-        threads=threads,
+        threads=threads or default_threads(),
         data=data,
         stage=stage,
         train_only=train_only,
         validate=validate,
         archive_bytes=parse_bytes("--archive", archive),
+        telemetry=telemetry,
         halvings=halvings,
         network=network,
     )
+    if vram is not None:
+        from potluck.peer.hardware import cap_gpu_memory, choose_device
+
+        cap_gpu_memory(choose_device(device), vram)
     uvloop.run(_session(open_run, home or default_home(), settings, rounds, as_json))
 
 
 def check_network_options(
-    listen: list[str] | None, announce: list[str] | None, disk_quota: str, upload_limit: str | None
-) -> tuple[int, int | None]:
-    """(disk quota in bytes, cap on serving in bytes per second). Raises UserError that names the option."""
+    listen: list[str] | None,
+    announce: list[str] | None,
+    disk_quota: str,
+    upload_limit: str | None,
+    download_limit: str | None = None,
+) -> tuple[int, int | None, int | None]:
+    """(disk quota in bytes, caps on what is sent and received in bytes per second). Raises UserError that names the
+    option."""
     quota = parse_bytes("--disk-quota", disk_quota)
     upload = parse_bytes("--upload-limit", upload_limit) if upload_limit else None
+    download = parse_bytes("--download-limit", download_limit) if download_limit else None
     if quota < MIN_QUOTA:
         raise UserError(f"--disk-quota {disk_quota!r}: at least 1MB; contributions need some room")
     for option, given in (("--listen", listen), ("--announce", announce)):
         for address in given or []:
             if not address.startswith(("/ip4/", "/ip6/", "/dns")):
                 raise UserError(f"{option} {address!r}: give a multiaddr like /ip4/0.0.0.0/tcp/4001")
-    if upload is not None and upload < MIN_UPLOAD:
+    if upload is not None and upload < MIN_RATE:
         raise UserError(f"--upload-limit {upload_limit!r}: at least 10KB; a peer that serves nothing cannot contribute")
-    return quota, upload
+    if download is not None and download < MIN_RATE:
+        raise UserError(f"--download-limit {download_limit!r}: at least 10KB; a peer must hear of the others' work")
+    return quota, upload, download
 
 
 def network_settings(
-    listen: list[str] | None, announce: list[str] | None, disk_quota: str, upload_limit: str | None, loopback: bool
+    listen: list[str] | None,
+    announce: list[str] | None,
+    disk_quota: str,
+    upload_limit: str | None,
+    loopback: bool,
+    download_limit: str | None = None,
 ) -> NetworkSettings:
     """From the options that `host`, `join`, `validate` and `doctor` share. Raises UserError that names the option."""
-    quota, upload = check_network_options(listen, announce, disk_quota, upload_limit)
+    quota, upload, download = check_network_options(listen, announce, disk_quota, upload_limit, download_limit)
     from potluck.peer.node import NetworkSettings
 
     return NetworkSettings(
@@ -106,6 +130,7 @@ def network_settings(
         announce=tuple(announce or ()),
         disk_quota=quota,
         upload=upload,
+        download=download,
         nat_port_map=not loopback,
     )
 

@@ -24,6 +24,7 @@ from potluck.dht.node import find_nearest, network_size
 from potluck.dht.protocol import RecordProtocol, node_id_of
 from potluck.dht.records import (
     Commit,
+    Links,
     Record,
     RejectedRecord,
     Replica,
@@ -33,9 +34,11 @@ from potluck.dht.records import (
     encode,
     key_id,
     key_name,
+    links_path,
     replicas_path,
     weights_path,
 )
+from potluck.net.host import PeerId
 from potluck.net.identity import Identity
 
 #: Nodes that a read asks at least, if there are so many: twice those that hold a record, as neighbours
@@ -111,6 +114,10 @@ class Directory:
     async def weights(self, module: str, round: int, *, timeout_seconds: float) -> DirectoryView[Weights]:
         """Each validator's weights for a round. The caller decides whom of them to trust."""
         return await self._read(Weights, weights_path(module, round), timeout_seconds)
+
+    async def links(self, peer: PeerId, *, timeout_seconds: float) -> DirectoryView[Links]:
+        """What one peer shows about whose account its credit counts for: a record, or none."""
+        return await self._read(Links, links_path(peer), timeout_seconds)
 
     def network_size(self) -> float:
         """How many peers the run has, about."""

@@ -22,12 +22,15 @@ from potluck.dht.manifest import RunId
 from potluck.errors import RecordError
 from potluck.net.host import PeerId
 from potluck.net.identity import Identity, peer_id_of, verify
+from potluck.net.links import End, Link
 
 #: A record's whole envelope, in bytes. hivemind takes values of any size; a value of 60 kB kills its forked
 #: DHT.
 MAX_RECORD_BYTES: Final = 4096
 #: Peers that fit into one `Weights` record: 4096 bytes less the envelope, at 63 bytes for each peer.
 MAX_WEIGHTS: Final = 54
+#: Links in one `Links` record: with 320 bytes for each it is two thirds full.
+MAX_LINKS: Final = 8
 
 _VERSION: Final = 1
 _DOMAIN: Final = b"potluck.record.1"
@@ -36,7 +39,7 @@ Reason = Literal[
     "oversized",  # the value, or a whole request, is larger than allowed
     "malformed",  # not an envelope, unknown version or kind, or a field out of bounds
     "wrong_key",  # lies under another key than its contents say
-    "wrong_subkey",  # lies under another peer's subkey, or under none
+    "wrong_subkey",  # lies under another peer's subkey, or under none, or speaks for another peer
     "expired",
     "far_future",  # would expire later than the run allows
     "bad_signature",  # forged, or made for another run
@@ -71,6 +74,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Base of all records. Raises ValueError for a number that is not finite; `decode` checks the bounds."""
 
     kind: ClassVar[str]
+    #: Whether nodes of the DHT keep it.
+    in_dht: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -176,6 +181,47 @@ class Weights(Record, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return weights_path(self.module, self.round)
 
 
+class Links(Record, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a peer shows about whose account its credit, or another's, counts for (`net/links.py`). Under a key of its
+    own, where nobody else can publish. Each statement bears its own signatures: the reader checks them."""
+
+    kind: ClassVar[str] = "links"
+
+    peer: PeerIdText
+    links: Annotated[list[Link | End], Meta(max_length=MAX_LINKS)]
+
+    def path(self) -> str:
+        return links_path(self.peer)
+
+
+class Heartbeat(Record, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a peer is, for whoever watches the run: over gossipsub, never in the DHT. Nothing that its other records do
+    not say, or that its group does not see; nothing that the run needs."""
+
+    kind: ClassVar[str] = "heartbeat"
+    in_dht: ClassVar[bool] = False
+
+    #: None: it trains through the others' stages, or has not chosen yet.
+    module: Module | None = None
+    round: Round
+    role: Literal["worker", "organizer", "validator", "observer"] = "worker"
+    phase: Annotated[str, Meta(max_length=32)] = ""
+    name: Annotated[str, Meta(max_length=64)] = ""
+    version: Annotated[str, Meta(max_length=32)] = ""
+    #: Held-out, in nats per token, at the beginning of `round`.
+    loss: Annotated[float, Meta(ge=0, le=1e6)] | None = None
+    tokens_per_second: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    #: Of the module, as `Replica` defines it.
+    load: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    #: Rounds since `started` in which others could use what it sent.
+    contributed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    started: NonNegative
+    sent_at: NonNegative
+
+    def path(self) -> str:
+        return "heartbeats"
+
+
 R = TypeVar("R", bound=Record, covariant=True)
 
 
@@ -200,7 +246,7 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 _encoder = msgspec.msgpack.Encoder()
 _envelope_decoder = msgspec.msgpack.Decoder(_Envelope)
 _payload_decoders: Final[dict[str, msgspec.msgpack.Decoder[Record]]] = {
-    kind.kind: msgspec.msgpack.Decoder(kind) for kind in (Replica, Commit, Weights)
+    kind.kind: msgspec.msgpack.Decoder(kind) for kind in (Replica, Commit, Weights, Links, Heartbeat)
 }
 
 
@@ -214,6 +260,10 @@ def commits_path(module: str, round: int, shard: int) -> str:
 
 def weights_path(module: str, round: int) -> str:
     return f"weights/{module}/{round}"
+
+
+def links_path(peer: str) -> str:
+    return f"links/{peer}"
 
 
 def key_name(run_id: RunId, path: str) -> str:
@@ -275,6 +325,8 @@ def decode(
     peer = peer_id_of(envelope.signer)
     if subkey is not None and subkey != peer:
         raise RejectedRecord("wrong_subkey", f"signed by {peer}, stored under {subkey[:64]}")
+    if isinstance(record, Links) and record.peer != peer:
+        raise RejectedRecord("wrong_subkey", f"signed by {peer}, and speaks for {record.peer}")
     message = _message(run_id, envelope.kind, name, envelope.payload, envelope.expires_at)
     if not verify(envelope.signer, message, envelope.signature):
         raise RejectedRecord("bad_signature", f"not signed by {peer} for this run and key")

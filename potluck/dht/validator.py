@@ -119,6 +119,8 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
             key=key,
             subkey=PeerId(peer),
         )
+        if not signed.record.in_dht:
+            raise RejectedRecord("malformed", f"a {signed.record.kind} is not for the DHT")
         if signed.expires_at != expires_at:
             raise RejectedRecord("malformed", "the DHT's expiration time is not the signed one")
         if isinstance(signed.record, Weights) and self.validators is not None and signed.peer not in self.validators:

@@ -1,4 +1,5 @@
-"""What a validator writes into its ledger: one entry for a round, one for each peer's score, one for what was paid.
+"""What a validator writes into its ledger: one entry for a round, one for each peer's score, one for what was paid, one
+for each change of whose account a peer's credit counts for.
 
 An entry is canonical msgpack: the same entry has the same bytes everywhere, and nothing else decodes to it. With the
 run's manifest, the blobs that a round's entries name and the entries before it, a round can be scored again by anyone.
@@ -14,7 +15,8 @@ import msgspec
 from msgspec import Meta
 
 from potluck.dht.records import Hash, Module, PeerIdText, Round
-from potluck.errors import LedgerError
+from potluck.errors import IdentityError, LedgerError
+from potluck.net.links import End, Link
 
 #: An entry's bytes, checked before parsing.
 MAX_ENTRY_BYTES: Final = 256 * 1024
@@ -159,6 +161,19 @@ class CreditEntry(Entry, frozen=True, forbid_unknown_fields=True, kw_only=True, 
     earned: dict[PeerIdText, NonNegative] = {}
 
 
+class LinkEntry(Entry, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="link"):
+    """From here on a peer's credit counts for another account (`accounts.py`). Written along with the round that it
+    names. Raises ValueError for a link that is not signed by those whom it takes: there is no such entry."""
+
+    link: Link | End
+
+    def __post_init__(self) -> None:
+        try:
+            self.link.check()
+        except IdentityError as error:
+            raise ValueError(str(error)) from None
+
+
 def _check_finite(struct: msgspec.Struct) -> None:
     """Raises ValueError."""
     for name in struct.__struct_fields__:
@@ -172,7 +187,7 @@ def _is_finite(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-AnyEntry = RoundEntry | ScoreEntry | CreditEntry
+AnyEntry = RoundEntry | ScoreEntry | CreditEntry | LinkEntry
 
 _encoder = msgspec.msgpack.Encoder(order="deterministic")
 _decoder: Final = msgspec.msgpack.Decoder(AnyEntry)

@@ -17,8 +17,9 @@ from typing import Any, BinaryIO, Final, Literal
 import msgspec
 
 from potluck.errors import UserError
-from potluck.incentives.entries import AnyEntry, CreditEntry, RoundEntry, ScoreEntry, Standing
+from potluck.incentives.entries import AnyEntry, CreditEntry, LinkEntry, RoundEntry, ScoreEntry, Standing
 from potluck.incentives.ledger import Head
+from potluck.net.links import End
 
 #: What became of a peer's round. "network": missed, and laid to the network, because too many were missing at once.
 Outcome = Literal["contributed", "refused", "missed", "network"]
@@ -198,11 +199,13 @@ def find_score(entries: Iterable[AnyEntry], peer: str, round_: int) -> int:
     return next(iter(found))
 
 
-def explain(row: Row, place: int, rounds: Sequence[PeerRound], last: int) -> list[str]:
-    """Why a peer's score and credit are what they are, in lines: the sum, then the `last` rounds one by one."""
+def explain(row: Row, place: int, rounds: Sequence[PeerRound], last: int, account: str | None = None) -> list[str]:
+    """Why a peer's score and credit are what they are, in lines: the sum, then the `last` rounds one by one. `account`:
+    what its credit counts for, if that is not its own key."""
     lines = [
         f"peer      {row.peer}",
         f"credit    {row.credit:.6g}, {row.share:.1%} of all that was paid: place {place}",
+        *([] if account in (None, row.peer) else [f"account   what it earns counts for {account}"]),
         f"rounds    {row.contributed} contributed, {row.refused} refused, {row.missed} missed; {row.network} missed by "
         "the network's fault, which costs no score",
     ]
@@ -304,12 +307,13 @@ def _clean(text: str) -> str:
 
 # ---- files --------------------------------------------------------------------------------------------------
 
-#: One row for a round, for a peer's score, and for each peer and each validator that a credit entry pays.
+#: One row for a round, for a peer's score, for each peer and each validator that a credit entry pays, and for a peer's
+#: link to an account, or the end of one.
 COLUMNS: Final = (
     *("entry", "kind", "module", "round", "peer", "loss_before", "loss_after", "usual", "network_fault", "refused"),
     *("came", "blob", "size", "tokens", "steps", "weight", "alignment", "random_delta", "own_delta", "place", "among"),
     *("mu", "sigma", "usefulness", "evidence", "verdict", "missed", "factors", "score", "share", "incentive", "paid"),
-    "earned",
+    *("account", "earned"),
 )
 
 
@@ -336,6 +340,9 @@ def _csv_rows(entry: AnyEntry) -> Iterator[dict[str, Any]]:
                 yield {"kind": "credit", "peer": peer, "paid": paid, "incentive": entry.incentive.get(peer, 0.0)}
             for validator, earned in entry.earned.items():
                 yield {"kind": "credit", "peer": validator, "earned": earned}
+        case LinkEntry():
+            kind = "end" if isinstance(entry.link, End) else "link"
+            yield {"kind": kind, "peer": entry.link.peer, "account": entry.link.account}
 
 
 def write_json(head: Head, entries: Iterable[AnyEntry], file: BinaryIO) -> None:

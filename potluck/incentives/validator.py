@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 
 from potluck.dht.records import MAX_WEIGHTS, Signed, Weights
 from potluck.errors import NetworkError, PotluckError, ProtocolError
-from potluck.incentives.entries import AnyEntry, Claim, CreditEntry, RoundEntry, ScoreEntry, Standing
+from potluck.incentives.entries import AnyEntry, Claim, CreditEntry, LinkEntry, RoundEntry, ScoreEntry, Standing
 from potluck.incentives.judge import Effort, Judge, Judgement, Promise, Seen
 from potluck.incentives.ledger import Head, Ledger
 from potluck.incentives.score import POWER, remembered
@@ -99,7 +99,8 @@ class Validator:
 
     `beside`: the states of a pipeline's other modules at the beginning of a round; None if one is not known. `place`:
     put them into the model that all modules' judges share, in the thread that judges. `effort`: of every round,
-    instead of what this machine manages in time."""
+    instead of what this machine manages in time. `links`: told a round's entries, what is to be written behind them
+    about whose account credit counts for (`link_reader.py`)."""
 
     def __init__(
         self,
@@ -120,12 +121,13 @@ class Validator:
         place: Callable[[Mapping[str, ReplicaState]], None] = lambda states: None,
         snapshot_rounds: int = SNAPSHOT_ROUNDS,
         effort: Effort | None = None,
+        links: Callable[[Sequence[AnyEntry]], Sequence[LinkEntry]] = lambda entries: (),
     ) -> None:
         self.module, self.judge, self.ledger, self.terms = module, judge, ledger, terms
         self._records, self._store, self._archive = records, store, archive
         self._clock, self._retain, self._now, self._emit, self._in_thread = clock, retain, now, emit, in_thread
         self._beside, self._place, self._snapshot_rounds = beside, place, snapshot_rounds
-        self._effort, self._fixed = effort or Effort(), effort is not None
+        self._effort, self._fixed, self._links = effort or Effort(), effort is not None, links
         self._unpaid: dict[Round, Owed] = {}
         self._judged = Round(-1)
         self._paid = Paid()
@@ -161,6 +163,7 @@ class Validator:
         await self._in_thread(self._keep, applied, beside)
         paid = await self._pay()
         entries: list[AnyEntry] = [judgement.round, *judgement.scores, *paid]
+        entries += self._links(entries)
         head = await self._in_thread(self.ledger.append, entries, self._now())
         self._judged, self._unpaid[applied.round] = (
             applied.round,

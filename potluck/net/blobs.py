@@ -10,7 +10,6 @@ A blob of one chunk takes one round trip: its only hash is computed from what ca
 
 from __future__ import annotations
 
-import asyncio
 import bisect
 import errno
 import logging
@@ -32,6 +31,7 @@ import msgspec
 from blake3 import blake3
 
 from potluck.errors import (
+    DiskFull,
     NetworkError,
     PotluckError,
     ProtocolError,
@@ -532,7 +532,7 @@ def _map(path: Path, size: int, *, writable: bool = False) -> memoryview:
 
 def _disk_error(error: OSError, path: Path) -> PotluckError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"the disk is full: cannot write {path}; free some space or choose another --home")
+        return DiskFull(f"the disk is full: cannot write {path}; free some space or choose another --home")
     return StateError(f"cannot write {path}: {error.strerror or error}")
 
 
@@ -540,13 +540,12 @@ def _disk_error(error: OSError, path: Path) -> PotluckError:
 
 
 class BlobService:
-    """Answers `blob.list` (a blob's chunk hashes) and `blob.get` (one chunk) from a store."""
+    """Answers `blob.list` (a blob's chunk hashes) and `blob.get` (one chunk, or a part of it) from a store.
 
-    def __init__(self, rpc: Rpc, store: BlobStore, *, max_upload_bytes_per_second: float | None = None) -> None:
+    A round's contributions, which have a deadline, are urgent; states that joiners load are not."""
+
+    def __init__(self, rpc: Rpc, store: BlobStore) -> None:
         self._store = store
-        self._pacer = _Pacer(max_upload_bytes_per_second) if max_upload_bytes_per_second else None
-        #: Bytes of chunks given so far.
-        self.served_bytes = 0
         rpc.register("blob.list", self._list)
         rpc.register("blob.get", self._get)
 
@@ -557,16 +556,18 @@ class BlobService:
     async def _get(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
         blob_id = self._revealed(head)
         index = head.get("index")
+        start, size = head.get("start", 0), head.get("size")
         if not isinstance(index, int):
             raise ProtocolError("blob.get without an index")
         try:
             chunk = self._store.chunk(blob_id, index)
         except IndexError as error:
             raise ProtocolError(str(error)) from error
-        if self._pacer is not None:
-            await self._pacer.take(len(chunk), urgent=not self._store.is_lent(blob_id))
-        self.served_bytes += len(chunk)
-        return Reply({}, chunk)
+        size = len(chunk) - start if isinstance(start, int) and size is None else size
+        if not isinstance(start, int) or not isinstance(size, int) or not 0 <= start <= start + size <= len(chunk):
+            raise ProtocolError(f"blob.get of a part that a chunk of {len(chunk)} bytes does not have")
+        chunk = chunk[start : start + size]
+        return Reply({}, chunk, urgent=not self._store.is_lent(blob_id))
 
     def _revealed(self, head: dict[str, Any]) -> BlobId:
         blob_id = head.get("id")
@@ -576,34 +577,3 @@ class BlobService:
         if seconds > 0:
             raise BlobNotRevealed(f"blob {blob_id[:12]} is revealed in {seconds:.3f} s")
         return BlobId(blob_id)
-
-
-class _Pacer:
-    """Spends at most `rate` bytes per second, with a burst of one second.
-
-    Urgent bytes (a round's contributions, which have a deadline) wait only for other urgent ones; what they take is
-    paid for by the rest (states that joiners load), which is served first come, first served.
-    """
-
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
-        self._paid_until = -math.inf
-        self._urgent_until = -math.inf
-        self._turn = asyncio.Lock()
-
-    async def take(self, count: int, urgent: bool) -> None:
-        clock = asyncio.get_running_loop().time
-        if urgent:
-            self._pay(count)
-            self._urgent_until = max(self._urgent_until, clock() - 1.0) + count / self._rate
-            await asyncio.sleep(max(0.0, self._urgent_until - clock()))
-            return
-        async with self._turn:
-            # Urgent ones may prolong it meanwhile, hence the loop.
-            while (left := self._paid_until - clock()) > 0:  # noqa: ASYNC110
-                await asyncio.sleep(left)
-            self._pay(count)
-
-    def _pay(self, count: int) -> None:
-        now = asyncio.get_running_loop().time()
-        self._paid_until = max(self._paid_until, now - 1.0) + count / self._rate

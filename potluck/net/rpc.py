@@ -9,6 +9,10 @@ final place (`potluck.net.wire`). A lane has no task of its own: the transport's
 What a stranger can do to us is bounded: requests in flight and bytes buffered, per peer and in total (beyond
 them it is refused at once and told when to retry); a peer that does not read its responses is not read from;
 half a frame followed by silence, an idle lane or a stalled one is closed.
+
+Caps are of the whole peer (`potluck.net.pace`): all that lanes send is charged to one bucket, and all that they receive
+to another. A body goes out piece by piece; one that we ask for is asked for no sooner than there is room for it; from
+those that come unasked we stop reading until there is.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from potluck.errors import (
     RpcUnreached,
 )
 from potluck.net.host import Host, PeerId
+from potluck.net.pace import RELAXED_SECONDS, Pace
 from potluck.net.wire import MAX_HEAD_BYTES, Buffer, Frame, FrameReader, Kind, encode
 
 log = logging.getLogger(__name__)
@@ -40,8 +45,6 @@ log = logging.getLogger(__name__)
 PROTOCOL = "/potluck/rpc/1"
 #: Magic and version, sent by either side before the first frame.
 HELLO = b"potluck\x01"
-#: A body goes to the transport in pieces of this size, so that progress can be seen.
-_SLICE_BYTES = 1 << 20
 #: A body up to this size is joined to its head: copying it is cheaper than a second system call.
 _JOIN_BYTES = 16 * 1024
 #: How many calls given up by us a lane remembers, to tell a late answer from an invented one.
@@ -53,15 +56,17 @@ LaneName = Literal["small", "bulk"]
 
 
 class Reply(NamedTuple):
-    """An answer. The body belongs to the transport until it is sent: don't write into it before."""
+    """An answer. The body belongs to the transport until it is sent: don't write into it before. Under a cap what is
+    not `urgent` goes behind what is."""
 
     head: dict[str, Any] = {}  # noqa: RUF012 (never modified: a default for replies without a head)
     body: Buffer = b""
+    urgent: bool = True
 
 
 #: (peer, head, body) -> Reply. The body is valid until the handler returns.
 Handler = Callable[[PeerId, dict[str, Any], memoryview], Awaitable[Reply]]
-#: (peer, bytes sent, bytes received), once per frame.
+#: (peer, bytes sent, bytes received), as they pass.
 OnTraffic = Callable[[PeerId, int, int], None]
 
 
@@ -145,13 +150,14 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], head: bytes) -> Any:
 class _Outgoing:
     """A frame on its way out. `sent` is resolved when the transport has taken all of it."""
 
-    __slots__ = ("body", "head", "position", "sent")
+    __slots__ = ("body", "head", "patience", "position", "sent")
 
-    def __init__(self, head: bytes, body: memoryview, sent: asyncio.Future[None] | None) -> None:
+    def __init__(self, head: bytes, body: memoryview, sent: asyncio.Future[None] | None, urgent: bool) -> None:
         self.head = head
         self.body = body
         self.position = -1  # -1: not even the head was written
         self.sent = sent
+        self.patience = 0.0 if urgent else RELAXED_SECONDS
 
 
 class _Lane(asyncio.BufferedProtocol):
@@ -168,6 +174,10 @@ class _Lane(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._outbox: deque[_Outgoing] = deque()
         self._write_paused = False
+        #: Why we don't read now: the peer does not take its answers, or the cap.
+        self._unread: set[str] = set()
+        #: Bytes to come that were paid for when they were asked for.
+        self._credit = 0
         self._idle_seconds = idle_seconds
         self._last_read = self._last_write = self._loop.time()
         #: Nothing is under way: only the idle timeout can come, and any frame wakes the watchdog.
@@ -206,11 +216,46 @@ class _Lane(asyncio.BufferedProtocol):
         self._last_read = self._loop.time()
         if self._dozing:
             self._wake()
+        self.rpc._count(self.peer, 0, nbytes)
+        paid = min(nbytes, self._credit)
+        self._credit -= paid
+        pace = self.rpc.download
+        pace.charge(nbytes - paid)
         try:
             self._reader.buffer_updated(nbytes)
         except ProtocolError as error:
             log.warning("net.rpc.protocol_error peer=%s error=%s", self.peer, error)
             self.close(error)
+            return
+        if not self._credit and pace.behind(small=self._reader.reading_body_of is None):
+            self._stop_reading("cap")
+            if pace.ask(self._within_cap):
+                self._within_cap()
+
+    def _within_cap(self) -> None:
+        self._go_on_reading("cap")
+
+    def _stop_reading(self, why: str) -> None:
+        if self.closed is None and not self._unread:
+            self._transport.pause_reading()
+        self._unread.add(why)
+
+    def _go_on_reading(self, why: str) -> None:
+        if why in self._unread:
+            self._unread.remove(why)
+            if self.closed is None and not self._unread:
+                self._last_read = self._loop.time()
+                self._transport.resume_reading()
+
+    def prepay(self, size: int) -> None:
+        """So many bytes that will come were charged for."""
+        self._credit += size
+
+    def take_back(self, size: int) -> None:
+        """They will not come, or not now."""
+        left = min(size, self._credit)
+        self._credit -= left
+        self.rpc.download.charge(-left)
 
     def eof_received(self) -> bool:
         return False  # the transport closes itself
@@ -227,9 +272,10 @@ class _Lane(asyncio.BufferedProtocol):
         head: bytes = b"",
         body: Buffer = b"",
         sent: asyncio.Future[None] | None = None,
+        urgent: bool = True,
     ) -> _Outgoing:
         view = memoryview(body).cast("B")
-        item = _Outgoing(encode(kind, call_id, head, len(view)), view, sent)
+        item = _Outgoing(encode(kind, call_id, head, len(view)), view, sent, urgent)
         self._outbox.append(item)
         if self._dozing:
             self._wake()
@@ -244,28 +290,47 @@ class _Lane(asyncio.BufferedProtocol):
         return False
 
     def _pump(self) -> None:
-        write = self._transport.write
+        pace, write = self.rpc.upload, self._transport.write
         while self._outbox and not self._write_paused and self.closed is None:
-            item = self._outbox[0]
-            body = item.body
-            if item.position < 0:
-                item.position = 0
-                if len(body) <= _JOIN_BYTES:
-                    item.position = len(body)
-                    write(item.head + bytes(body))
-                else:
-                    write(item.head)
-                self.rpc._count(self.peer, len(item.head) + len(body), 0)
-            if item.position < len(body):
-                stop = min(item.position + _SLICE_BYTES, len(body))
-                write(body[item.position : stop])
-                item.position = stop
+            item = self._outbox[0] if pace.rate is None else self._most_urgent()
+            body, begun, most = item.body, item.position >= 0, pace.piece_bytes
+            small = not begun and len(item.head) + len(body) <= min(most, _JOIN_BYTES)
+            if pace.rate is not None and not pace.ask(self._pump, self._patience(), small):
+                return
+            start = max(item.position, 0)
+            item.position = stop = min(start + most, len(body))
+            if begun:
+                write(body[start:stop])
+            elif stop <= _JOIN_BYTES:
+                write(item.head + bytes(body[:stop]))
+            else:
+                write(item.head)
+                write(body[:stop])
+            size = stop - start + (0 if begun else len(item.head))
+            pace.charge(size)
+            self.rpc._count(self.peer, size, 0)
             self._last_write = self._loop.time()
             # A write may have closed the lane, which empties the outbox.
-            if item.position == len(body) and self._outbox:
+            if stop == len(body) and self._outbox:
                 self._outbox.popleft()
                 if item.sent is not None and not item.sent.done():
                     item.sent.set_result(None)
+
+    def _most_urgent(self) -> _Outgoing:
+        """The frame to go on with, which is the first of the outbox then. One that has begun must end."""
+        first = self._outbox[0]
+        if first.position >= 0:
+            return first
+        most = self.rpc.upload.piece_bytes
+        item = min(self._outbox, key=lambda each: (each.patience, len(each.body) > most))
+        if item is not first:
+            self._outbox.remove(item)
+            self._outbox.appendleft(item)
+        return item
+
+    def _patience(self) -> float:
+        """A frame that keeps an urgent one waiting is urgent itself."""
+        return min(each.patience for each in self._outbox)
 
     def pause_writing(self) -> None:
         self._write_paused = True
@@ -282,10 +347,6 @@ class _Lane(asyncio.BufferedProtocol):
         limits = self.rpc.limits
         return min(limits.frame_timeout_seconds, limits.stall_timeout_seconds, self._idle_seconds) / 4
 
-    @property
-    def _reading_paused(self) -> bool:
-        return False
-
     def _watch(self) -> None:
         now, limits = self._loop.time(), self.rpc.limits
         read_silence, write_silence = now - self._last_read, now - self._last_write
@@ -293,7 +354,7 @@ class _Lane(asyncio.BufferedProtocol):
             self.close(ProtocolError(f"took nothing of what we sent for {write_silence:.0f} s"))
         elif (
             self._reader.in_frame
-            and not self._reading_paused
+            and not self._unread
             and min(read_silence, write_silence if self._write_paused else read_silence) >= limits.frame_timeout_seconds
         ):
             self.close(ProtocolError(f"sent half a frame and then nothing for {read_silence:.0f} s"))
@@ -324,6 +385,9 @@ class _Lane(asyncio.BufferedProtocol):
                 item.sent.cancel()
         self._outbox.clear()
         self._reader.abandon_body()
+        self.rpc.upload.forget(self._pump)
+        self.rpc.download.forget(self._within_cap)
+        self.take_back(self._credit)
         self._on_closed()
 
 
@@ -413,7 +477,6 @@ class _CallerLane(_Lane):
         return memoryview(bytearray(frame.body_length))
 
     def _on_frame(self, frame: Frame, body: memoryview | None) -> None:
-        self.rpc._count(self.peer, 0, frame.length)
         self._given_up.pop(frame.call_id, None)
         call = self._calls.get(frame.call_id)
         if body is None or call is None or call.answer.done():
@@ -465,7 +528,6 @@ class _ServerLane(_Lane):
 
     def __init__(self, rpc: Rpc, peer: PeerId, writer: asyncio.StreamWriter) -> None:
         self._served: dict[int, _ServedCall] = {}
-        self._is_reading_paused = False
         # Twice the opener's time, so that no request is in flight when this side closes.
         super().__init__(rpc, peer, writer, 2 * rpc.limits.idle_timeout_seconds)
 
@@ -473,24 +535,16 @@ class _ServerLane(_Lane):
     def busy(self) -> bool:
         return bool(self._served)
 
-    @property
-    def _reading_paused(self) -> bool:
-        return self._is_reading_paused
-
     # A peer that does not take its answers gets no more questions in.
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self.closed is None and not self._is_reading_paused:
-            self._is_reading_paused = True
-            self._transport.pause_reading()
+        self._stop_reading("answers")
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self.closed is None and not self._write_paused and self._is_reading_paused:
-            self._is_reading_paused = False
-            self._last_read = self._loop.time()
-            self._transport.resume_reading()
+        if not self._write_paused:
+            self._go_on_reading("answers")
 
     def _on_head(self, frame: Frame) -> memoryview | None:
         if frame.kind is Kind.CANCEL:
@@ -519,7 +573,6 @@ class _ServerLane(_Lane):
         return memoryview(bytearray(frame.body_length))
 
     def _on_frame(self, frame: Frame, body: memoryview | None) -> None:
-        self.rpc._count(self.peer, 0, frame.length)
         call = self._served.get(frame.call_id)
         if frame.kind is Kind.CANCEL:
             if call is not None and call.task is not None:
@@ -543,7 +596,7 @@ class _ServerLane(_Lane):
             self._send_error(call_id, answer)
             return
         sent: asyncio.Future[None] = self._loop.create_future()
-        item = self.send(Kind.RESPONSE, call_id, _encoder.encode(answer.head), answer.body, sent)
+        item = self.send(Kind.RESPONSE, call_id, _encoder.encode(answer.head), answer.body, sent, answer.urgent)
         try:
             await sent
         except asyncio.CancelledError:
@@ -580,11 +633,20 @@ class _Load:
 class Rpc:
     """Potluck's calls on one host: register methods, `start`, `call` others, `close`.
 
-    `bytes_sent`, `bytes_received` and `traffic` (by peer, for a few thousand peers) count frames, not libp2p.
+    `bytes_sent`, `bytes_received` and `traffic` (by peer, for a few thousand peers) count frames, not libp2p. `upload`
+    and `download`: caps in bytes per second, None for none; the attributes of these names can change them.
     """
 
-    def __init__(self, host: Host, limits: RpcLimits | None = None, on_traffic: OnTraffic | None = None) -> None:
+    def __init__(
+        self,
+        host: Host,
+        limits: RpcLimits | None = None,
+        on_traffic: OnTraffic | None = None,
+        upload: float | None = None,
+        download: float | None = None,
+    ) -> None:
         self.host = host
+        self.upload, self.download = Pace(upload), Pace(download)
         self.limits = limits or RpcLimits()
         self.peer_id = PeerId(host.peer_id.to_base58())
         self.bytes_sent = 0
@@ -644,9 +706,9 @@ class Rpc:
     ) -> Reply:
         """Ask `peer`. The response's body is received into `into` where given, which then also is its limit.
 
-        Raises RpcTimeout, RpcRefused, RpcRemoteError or RpcClosed, and nothing else for what others do; a
-        retry is as safe as the method is. After a timeout or a cancellation the handler is cancelled too, and
-        `into` is not touched again.
+        Under a download cap `into` is asked for when there is room for all of it. Raises RpcTimeout, RpcRefused,
+        RpcRemoteError or RpcClosed, and nothing else for what others do; a retry is as safe as the method is. After a
+        timeout or a cancellation the handler is cancelled too, and `into` is not touched again.
         """
         head = head or {}
         limit = len(into) if into is not None else min(max_response_bytes, self.limits.max_body_bytes)
@@ -664,7 +726,19 @@ class Rpc:
                 raise RpcUnreached(f"{method} to {short(peer)}: no stream before the deadline") from error
             except RpcClosed as error:
                 raise RpcClosed(f"{method} to {short(peer)}: {error}") from error
-        return await open_lane.call(method, head, body, deadline, limit, into)
+        if into is None or self.download.rate is None:
+            return await open_lane.call(method, head, body, deadline, limit, into)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self.download.take(limit)
+        except TimeoutError as error:
+            raise RpcTimeout(f"{method} to {short(peer)}: the download cap left no room before the deadline") from error
+        open_lane.prepay(limit)
+        try:
+            return await open_lane.call(method, head, body, deadline, limit, into)
+        except BaseException:
+            open_lane.take_back(limit)
+            raise
 
     # --- lanes
 

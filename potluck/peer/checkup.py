@@ -41,7 +41,7 @@ from potluck.peer.doctor import (
     run_findings,
 )
 from potluck.peer.facts import HomeFacts, MachineFacts, Package, RunFacts
-from potluck.peer.hardware import choose_device, detect, fit_micro_batch, free_memory
+from potluck.peer.hardware import choose_device, default_threads, detect, fit_micro_batch, free_memory
 from potluck.peer.home import Home, RunFolder
 from potluck.peer.pipeline import MEMORY_FACTOR
 from potluck.peer.probe import Asked, ask_run
@@ -75,8 +75,8 @@ class Report:
 def check_up(home: Home, invite: Invite | None, settings: PeerSettings, speed: Benchmark, tell: Tell) -> Report:
     """Blocks for seconds, with an invite up to a minute. `speed`: `cached` measures nothing, `measured` what is not
     cached, `fresh` always. `tell` hears what is being done. Raises nothing for what it finds."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    if threads := settings.threads or default_threads():
+        torch.set_num_threads(threads)
     tell("looking at this machine")
     facts = look(home, settings)
     if facts.home.problem is None and facts.device is not None:

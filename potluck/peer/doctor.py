@@ -24,8 +24,9 @@ from potluck.errors import (
 )
 from potluck.net.autonat import DialBack
 from potluck.net.clock import REFUSED_SECONDS, SAID_SECONDS
+from potluck.net.nat import NatKind
 from potluck.peer.benchmark import Speed
-from potluck.peer.facts import HomeFacts, MachineFacts, NetworkFacts, Package, RunFacts
+from potluck.peer.facts import HomeFacts, MachineFacts, NetworkFacts, Package, RunFacts, Upload
 from potluck.peer.hardware import Machine
 
 #: A worker and its libp2p daemon before any model (0.6 GB), and what the system needs to stay alive.
@@ -36,6 +37,10 @@ LEAST_DISK_BYTES: Final = 10**8
 OPEN_FILES: Final = 1024
 SLOW_ROUND_TRIP_SECONDS: Final = 1.0
 MIB: Final = 2**20
+FORWARD: Final = (
+    "to be reached without a relay, let your router forward a port, and say --listen /ip4/0.0.0.0/tcp/PORT "
+    "(UPnP does it where the router allows it)"
+)
 
 Status = Literal["ok", "warn", "fail"]
 Role = Literal["whole", "stage", "train-only", "validator", "none"]
@@ -226,13 +231,15 @@ def network_findings(facts: NetworkFacts) -> list[Finding]:
     if found[0].status == "fail":
         return found
     found += [_manifest(facts.manifest_problem), reachability(facts)]
+    if facts.nat is not None and not facts.loopback:
+        found.append(_nat(facts.nat))
     if facts.manifest_problem is not None:
         return found
     found.append(_clock(facts.clock_offset))
     if (problem := facts.directory_problem) is not None:
         fix = "ask again in a minute; if it stays so, ask the run's people whether others can join"
         found.append(Finding("directory", "fail", _line(problem), fix, problem.exit_code))
-    return [*found, _download(facts)]
+    return [*found, _download(facts), _upload(facts.upload)]
 
 
 def _bootstrap(facts: NetworkFacts) -> Finding:
@@ -287,10 +294,6 @@ def reachability(facts: NetworkFacts) -> Finding:
     """Whether others can dial this machine: by those who tried, and by what the daemon was given."""
     said = {outcome: [one.text for one in facts.dial_backs if one.outcome == outcome] for outcome in _OUTCOMES}
     relays = [address for address in facts.addresses if "/p2p-circuit" in address]
-    forward = (
-        "to be reached without a relay, let your router forward a port, and say --listen /ip4/0.0.0.0/tcp/PORT "
-        "(UPnP does it where the router allows it)"
-    )
     if said["reached"]:
         return Finding("reachability", "ok", f"public: a peer dialled back to {said['reached'][0]}")
     if facts.loopback:
@@ -300,10 +303,10 @@ def reachability(facts: NetworkFacts) -> Finding:
         return Finding("reachability", "warn", seen, "see that it is forwarded to this peer's --listen address")
     if relays:
         seen = "behind a NAT; others come through a relay, a bootstrap peer"
-        return Finding("reachability", "warn", seen, forward)
+        return Finding("reachability", "warn", seen, FORWARD)
     if said["failed"]:
         seen = "behind a NAT or a firewall, and no relay has taken it yet; it can dial others"
-        return Finding("reachability", "warn", seen, forward)
+        return Finding("reachability", "warn", seen, FORWARD)
     why = (said["refused"] + said["silent"] or ["nobody was asked"])[0]
     seen = f"unknown: no peer could try ({why})"
     fix = "ask again with an invite that names a peer outside of your network; `potluck join` works without knowing"
@@ -332,6 +335,28 @@ def _download(facts: NetworkFacts) -> Finding:
         fix = "the line is slow, or busy: see what else uses it"
         return Finding("download", "warn", f"less than {MIB / 1e6:.0f} MB in {done.seconds:.0f} s from {who}", fix)
     return Finding("download", "ok", f"{done.bytes / done.seconds / 1e6:.1f} MB/s from {who}")
+
+
+def _upload(done: Upload | None) -> Finding:
+    if done is None:
+        return Finding("upload", "ok", "not measured: no bootstrap peer takes bytes for it now")
+    within = ", within --upload-limit" if done.capped else ""
+    return Finding("upload", "ok", f"{done.bytes / done.seconds / 1e6:.1f} MB/s to one peer{within}")
+
+
+def _nat(nat: NatKind) -> Finding:
+    if nat.nested:
+        seen = "a second NAT lies behind the router's (a provider's own, perhaps): no port of it can be forwarded"
+        fix = "ask the provider for a public address, or use IPv6; without it, others come through a relay"
+        return Finding("NAT", "warn", seen, fix)
+    if nat.mapping == "none":
+        return Finding("NAT", "ok", "none: peers see this machine's own address")
+    if nat.mapping == "one":
+        return Finding("NAT", "ok", "one outer address for all peers")
+    if nat.mapping == "many":
+        seen = "symmetric: another outer port for each peer, so that those behind NATs only come through a relay"
+        return Finding("NAT", "warn", seen, FORWARD)
+    return Finding("NAT", "ok", f"of an unknown kind: {nat.why}")
 
 
 # ---- the run ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from potluck.errors import PotluckError
 from potluck.net.autonat import DialBack
+from potluck.net.nat import NatKind
 from potluck.peer.benchmark import Speed
 from potluck.peer.hardware import Machine
 
@@ -82,10 +83,19 @@ class Download:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """A sample of what one peer took. `capped`: by a limit of our own."""
+
+    bytes: int
+    seconds: float
+    capped: bool = False
+
+
+@dataclass(frozen=True)
 class NetworkFacts:
     """As far as it came: what the host's start said (`problem`), the invite's addresses and those of last time, and
     what connected peers told. `taken`: a peer of the run works in this home already, so nothing was tried. `addresses`:
-    where others may reach us, by the daemon. `undownloaded`: why nothing was.
+    where others may reach us, by the daemon. `undownloaded`: why nothing was. `upload`: None if nobody takes bytes.
     """
 
     taken: bool = False
@@ -101,6 +111,8 @@ class NetworkFacts:
     directory_problem: PotluckError | None = None
     download: Download | None = None
     undownloaded: str = ""
+    upload: Upload | None = None
+    nat: NatKind | None = None
 
 
 @dataclass(frozen=True)

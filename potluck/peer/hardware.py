@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from potluck.errors import HardwareError
+from potluck.peer.cgroups import allowed
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 
@@ -58,15 +59,16 @@ class Machine:
 
 
 def detect() -> Machine:
-    """Takes seconds where there is a GPU. `threads`: those that torch trains with."""
-    memory = psutil.virtual_memory()
+    """Takes seconds where there is a GPU. `threads`: those that torch trains with. In a container memory and cores are
+    what it may use."""
+    memory, own = psutil.virtual_memory(), allowed()
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=_cpu(),
-        cores=os.cpu_count() or 1,
+        cores=min(os.cpu_count() or 1, math.ceil(own.cores or 2**16)),
         threads=torch.get_num_threads(),
-        memory_bytes=int(memory.total),
-        free_bytes=int(memory.available),
+        memory_bytes=min(int(memory.total), own.memory_bytes or 2**63),
+        free_bytes=free_memory(torch.device("cpu")),
         accelerators=tuple(_accelerators()),
         nvidia_driver=_nvidia_driver(),
         torch=str(torch.__version__),
@@ -125,6 +127,13 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+def cap_gpu_memory(device: torch.device, most: int) -> None:
+    """This process gets no more of a CUDA GPU: beyond it, it runs out of memory. Does nothing for other devices."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+
+
 def demands(
     parameters: int, optimizer: str, contributions: int, device: torch.device
 ) -> list[tuple[torch.device, int]]:
@@ -174,5 +183,16 @@ def fit_micro_batch(
 def free_memory(device: torch.device) -> int:
     """Free bytes on the device."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+        free, total = torch.cuda.mem_get_info(device)
+        capped = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_reserved(device)
+        return max(0, min(free, int(capped)))
+    free_here = allowed().free_bytes
+    available = int(psutil.virtual_memory().available)
+    return available if free_here is None else min(available, free_here)
+
+
+def default_threads() -> int | None:
+    """Those to train with where nobody said: None for torch's own choice, fewer where a container has less of the CPU
+    than that."""
+    cores = allowed().cores
+    return max(1, int(cores)) if cores is not None and cores < torch.get_num_threads() else None

@@ -2,12 +2,15 @@
 
 identity.key                 the Ed25519 key (mode 0600)
 backups.json                 when and where backups of it were made from here
+links.json, retired/         whose account it counts for, and keys that it replaced (`peer/links.py`)
 runs/<run id>/               one folder per run
     manifest.bin             the signed manifest
     lock                     held by the process that trains
     checkpoints/<module>/    complete checkpoints
     blobs/                   contributions, bounded by --disk-quota
     ledger.sqlite            of a validator: its ledger
+    history.sqlite           what was heard of the run, for its pages
+    ledgers/                 copies of validators' ledgers, for its pages
     peers.json, listen.json  addresses that answered last time, and our own
     events.jsonl             the log (rotated at 16 MB)
 limits.toml                  when, and how much of the machine, the daemon may use
@@ -18,6 +21,7 @@ s/daemon/, s/<8 characters of run id>/   control sockets (mode 0700), gone when 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -29,7 +33,7 @@ import msgspec
 import platformdirs
 
 from potluck.dht.manifest import RunId, SignedManifest, parse_run_id
-from potluck.errors import IdentityError, ManifestError, StateError, UserError
+from potluck.errors import DiskFull, IdentityError, ManifestError, StateError, UserError
 from potluck.net.identity import Identity
 
 
@@ -63,6 +67,16 @@ class RunFolder:
     def ledger(self) -> Path:
         """Of a validator: what it scored and paid (`incentives/ledger.py`)."""
         return self.path / "ledger.sqlite"
+
+    @property
+    def history(self) -> Path:
+        """What was heard of the run (`peer/history.py`)."""
+        return self.path / "history.sqlite"
+
+    @property
+    def ledgers(self) -> Path:
+        """Copies of validators' ledgers, to be looked at: <peer id>.ledger."""
+        return self.path / "ledgers"
 
     @property
     def archive(self) -> Path:
@@ -266,4 +280,5 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"--home: cannot write {path}: {error.strerror}; free some space or choose another") from None
+        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+        raise kind(f"--home: cannot write {path}: {error.strerror}; free some space or choose another") from None

@@ -15,12 +15,13 @@ from potluck.dht.directory import Directory
 from potluck.dht.invite import Invite
 from potluck.dht.manifest import MAX_MANIFEST_BYTES, Manifest, RunId, SignedManifest
 from potluck.dht.node import start_dht, stop_dht
-from potluck.errors import DaemonError, ManifestError, NetworkError, PotluckError, RpcError
+from potluck.errors import DaemonError, ManifestError, NetworkError, PotluckError, RpcError, UserError
 from potluck.net.blobs import BlobService, BlobStore
 from potluck.net.clock import RunClock
 from potluck.net.host import PeerId
 from potluck.net.hosts.go import GoHost
 from potluck.net.identity import Identity
+from potluck.net.line import LineService
 from potluck.net.rpc import Reply, Rpc
 from potluck.peer.home import RunFolder
 
@@ -33,12 +34,14 @@ DIRECTORY_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """`listen`, `announce`: multiaddrs. `upload`: bytes per second, None for no cap. `disk_quota`: bytes."""
+    """`listen`, `announce`: multiaddrs. `upload`, `download`: bytes per second, None for no cap. `disk_quota`:
+    bytes."""
 
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     announce: tuple[str, ...] = ()
     disk_quota: int = 10 * 2**30
     upload: float | None = None
+    download: float | None = None
     nat_port_map: bool = True
 
 
@@ -77,11 +80,12 @@ class Node:
             )
             self._stack.push_async_callback(self.host.shutdown)
             self.folder.save_listen(self.host.listening)
-            self.rpc = Rpc(self.host)
+            self.rpc = Rpc(self.host, upload=self.settings.upload, download=self.settings.download)
             await self.rpc.start()
             self._stack.push_async_callback(self.rpc.close)
             self.store = BlobStore(self.folder.blobs, self.settings.disk_quota, clock=self.clock.now)
-            BlobService(self.rpc, self.store, max_upload_bytes_per_second=self.settings.upload)
+            BlobService(self.rpc, self.store)
+            LineService(self.rpc)
             self.rpc.register(MANIFEST_METHOD, self._serve_manifest, max_request_bytes=256)
             self.clock.serve(self.rpc)
         except BaseException:
@@ -109,6 +113,17 @@ class Node:
         """Returns never, or raises DaemonError once the host has given up restarting its daemon."""
         await self._daemon_failed.wait()
         raise DaemonError("the libp2p daemon keeps dying: see the events log, free memory, then start again")
+
+    async def limit(self, upload: int | None, download: int | None, disk_quota: int | None) -> dict[str, Any]:
+        """Caps from now on, bytes per second and bytes; None for none. Raises UserError before there is anything to
+        limit."""
+        if not self.started:
+            raise UserError("the network is just starting: ask again")
+        if not all(value is None or (isinstance(value, int) and value > 0) for value in (upload, download, disk_quota)):
+            raise UserError("limits are positive numbers of bytes")
+        self.rpc.upload.rate, self.rpc.download.rate = upload, download
+        self.store.quota_bytes = disk_quota or self.settings.disk_quota
+        return {}
 
     # ---- connections ----------------------------------------------------------------------------------------
 

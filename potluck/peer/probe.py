@@ -2,7 +2,8 @@
 downloads, and where it would be missed.
 
 Nothing of it stays: the libp2p host runs for some seconds, on the ports and from the home that `join` would use, with
-its files in a temporary folder. The largest download is a few chunks of what peers serve anyway.
+its files in a temporary folder. The largest download is a few chunks of what peers serve anyway, the largest upload two
+megabytes to a peer that takes them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import psutil
 from blake3 import blake3
 
 from potluck.dht.directory import Directory
@@ -29,10 +31,12 @@ from potluck.net.clock import METHOD as CLOCK_METHOD
 from potluck.net.clock import RunClock
 from potluck.net.host import PeerId
 from potluck.net.identity import Identity
+from potluck.net.line import Endpoint, address_of, endpoint, seen_by, upload_speed
+from potluck.net.nat import NatKind, Sighting, kind_of_nat
 from potluck.net.rpc import Rpc
 from potluck.peer.build import check_memory
 from potluck.peer.doctor import gigabytes, settled
-from potluck.peer.facts import Dialled, Download, NetworkFacts
+from potluck.peer.facts import Dialled, Download, NetworkFacts, Upload
 from potluck.peer.hardware import choose_device
 from potluck.peer.home import Home, RunFolder
 from potluck.peer.node import Node
@@ -46,6 +50,8 @@ REACH_SECONDS: Final = 40.0
 REACH_POLL_SECONDS: Final = 0.5
 #: Peers that are asked to dial back: one who can is enough, and each does so three times a minute at most.
 REACH_PEERS: Final = 3
+#: Peers that are asked at which address they see us.
+SIGHTINGS: Final = 8
 ROUND_TRIPS: Final = 3
 ROUND_TRIP_SECONDS: Final = 3.0
 #: A sample of a download; less than a chunk tells nothing about a line.
@@ -130,11 +136,50 @@ async def _ask(node: Node, folder: RunFolder, invite: Invite, settings: PeerSett
     reaching = asyncio.create_task(reach(node, peers))
     try:
         asked = await _ask_connected(node, folder, invite, settings, facts, peers)
+        tell("sending a peer some bytes")
+        upload = await _sample_upload(node.rpc, peers)
         dial_backs, addresses = await reaching
+        nat = await _kind_of_nat(node, peers, addresses)
     finally:
         reaching.cancel()
         await asyncio.gather(reaching, return_exceptions=True)
-    return replace(asked, network=replace(asked.network, dial_backs=dial_backs, addresses=addresses))
+    network = replace(asked.network, dial_backs=dial_backs, addresses=addresses, upload=upload, nat=nat)
+    return replace(asked, network=network)
+
+
+async def _sample_upload(rpc: Rpc, peers: Sequence[PeerId]) -> Upload | None:
+    """To the first that takes any."""
+    for peer in peers[:REACH_PEERS]:
+        sent, seconds = await upload_speed(rpc, peer)
+        if sent and seconds:
+            return Upload(sent, seconds, rpc.upload.rate is not None)
+    return None
+
+
+async def _kind_of_nat(node: Node, peers: Sequence[PeerId], addresses: Sequence[str]) -> NatKind:
+    """By what connected peers see. `addresses`: all that our daemon gives out."""
+    answers = await asyncio.gather(*(seen_by(node.rpc, peer, ROUND_TRIP_SECONDS) for peer in peers[:SIGHTINGS]))
+    leaving = _local_ends(node.host.pid)
+    sightings = []
+    for peer, seen in zip(peers, answers, strict=False):
+        remote = await address_of(node.host, peer)
+        if seen is not None and remote is not None:
+            sightings.append(Sighting(remote.ip, seen, leaving.get(remote)))
+    own = {one.address.partition("%")[0] for each in psutil.net_if_addrs().values() for one in each}
+    announced = node.settings.announce
+    given = [endpoint(address) for address in addresses if address.partition("/p2p/")[0] not in announced]
+    return kind_of_nat(sightings, own, {one.ip for one in given if one is not None and one.ip not in own})
+
+
+def _local_ends(pid: int | None) -> dict[Endpoint, Endpoint]:
+    """Of a process's TCP connections, by the other end."""
+    if pid is None:
+        return {}
+    try:
+        found = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:
+        return {}
+    return {Endpoint(*one.raddr[:2]): Endpoint(*one.laddr[:2]) for one in found if one.raddr and one.laddr}
 
 
 def _dialled(address: str, result: PeerId | NetworkError, trips: Mapping[PeerId, float | None]) -> Dialled:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,18 +37,23 @@ class Sensors:
     _idle: float | None = None
     _temperature: float | None = None
     _programs: tuple[str, ...] = ()
+    _fullscreen: str | None = None
+    _gpu_watts: float | None = None
     #: CPU seconds of the machine and of ours, as counted at the last look.
     _counted: tuple[float, float, float] | None = None
 
-    def look(self, limits: Limits, ours: Collection[int], sent_this_month: int) -> Sensed:
-        """`ours`: process ids of the daemon and its workers, whose work is nobody else's."""
+    def look(self, limits: Limits, ours: Collection[int]) -> Sensed:
+        """`ours`: process ids of the daemon and its workers, whose work is nobody else's. Traffic is the daemon's to
+        know."""
         now = time.monotonic()
         if now - self._slow_at >= SLOW_SECONDS:
             self._slow_at = now
             self._on_gpu = tuple(others_on_gpu(ours)) if not limits.shared_gpu else ()
             self._idle = idle_seconds() if limits.idle_minutes else None
-            self._temperature = hottest()
+            gpu_celsius, self._gpu_watts = gpu_heat_and_power()
+            self._temperature = max((one for one in (hottest(), gpu_celsius) if one is not None), default=None)
             self._programs = tuple(running(limits.programs)) if limits.programs else ()
+            self._fullscreen = on_full_screen() if not limits.fullscreen else None
         battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
         return Sensed(
             now=datetime.now(),
@@ -56,7 +63,8 @@ class Sensors:
             on_gpu=self._on_gpu,
             load=self._load(now, ours),
             temperature=self._temperature,
-            sent_this_month=sent_this_month,
+            fullscreen=self._fullscreen,
+            gpu_watts=self._gpu_watts,
         )
 
     def _load(self, now: float, ours: Collection[int]) -> float | None:
@@ -80,6 +88,25 @@ def family(pid: int) -> set[int]:
         return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
     except psutil.Error:
         return set()
+
+
+def lives(pid: int) -> bool:
+    """Whether a process still has memory: one that ended and was not yet buried has none."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return False
+
+
+def held_bytes(pids: Iterable[int]) -> int:
+    """Main memory that these processes have for themselves: pages of files, which the system takes back when it needs
+    them, are left out where it tells them apart (Linux)."""
+    total = 0
+    for pid in pids:
+        with suppress(psutil.Error):
+            memory = psutil.Process(pid).memory_info()
+            total += int(memory.rss - getattr(memory, "shared", 0))
+    return total
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -109,6 +136,34 @@ def hottest() -> float | None:
         return None
     # Broken sensors show nothing at all, or more than any chip survives.
     return max((value for value in values if 0 < value < 150), default=None)
+
+
+def gpu_heat_and_power() -> tuple[float | None, float | None]:
+    """Degrees Celsius of the hottest NVIDIA GPU, and the watts that all of them draw; None where nothing tells."""
+    heat, power = list[float](), list[float]()
+    answer = _ask("nvidia-smi", "--query-gpu=temperature.gpu,power.draw", "--format=csv,noheader,nounits")
+    for line in answer.splitlines():
+        for values, text in zip((heat, power), line.split(","), strict=False):
+            with suppress(ValueError):  # "[N/A]", of a GPU without such a sensor
+                value = float(text)
+                if math.isfinite(value):
+                    values.append(value)
+    return max(heat, default=None), sum(power) if power else None
+
+
+def on_full_screen() -> str | None:
+    """The program whose window has the focus and fills the screen, under X11 (EWMH, as nearly all window managers have
+    it). None where there is none or it cannot be told: Wayland tells no program about another's windows."""
+    if not os.environ.get("DISPLAY"):
+        return None
+    window = re.search(r"0x[0-9a-f]+", _ask("xprop", "-root", "_NET_ACTIVE_WINDOW"))
+    if window is None or int(window[0], 16) == 0:
+        return None
+    told = _ask("xprop", "-id", window[0], "_NET_WM_STATE", "WM_CLASS")
+    if "_NET_WM_STATE_FULLSCREEN" not in told:
+        return None
+    name = re.search(r'^WM_CLASS.*"([^"]*)"\s*$', told, re.MULTILINE)
+    return name[1] if name else ""
 
 
 def others_on_gpu(ours: Collection[int]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -30,8 +31,8 @@ from potluck.peer.control import ControlServer, Handler, PeerHangs, ask
 from potluck.peer.events import EventLog
 from potluck.peer.home import Home, write_atomically
 from potluck.peer.limits import FILE as LIMITS_FILE
-from potluck.peer.limits import Decision, Limits, Sensed, decide, read_limits
-from potluck.peer.sensors import Sensors, family
+from potluck.peer.limits import Decision, Limits, RunLimits, Sensed, carries, decide, divide, read_limits
+from potluck.peer.sensors import Sensors, family, held_bytes, lives
 
 Emit = Callable[..., None]
 
@@ -46,10 +47,17 @@ MAX_HANGS: Final = 6
 STEADY_SECONDS: Final = 600.0
 FIRST_WAIT_SECONDS: Final = 1.0
 LONGEST_WAIT_SECONDS: Final = 300.0
+#: What the kernel may take to end what was killed.
+GONE_SECONDS: Final = 0.3
+#: What a worker that is ended gets to say how much it has sent.
+LAST_COUNT_SECONDS: Final = 0.3
+#: A worker that goes beyond the memory limit so often in a row does not fit into it.
+MAX_OVER_MEMORY: Final = 8
 #: Errors that trying again does not mend: settings, identity, manifest, hardware, clock, a state that does not load.
 NEEDS_YOU: Final = (2, 3, 4, 5, 8, 9)
 MAX_RUNS: Final = 64
 FINISHED: Final = "finished its round: `potluck resume` goes on"
+NO_ROOM: Final = "`upload`, `download` or `disk_quota` is too little for another run: raise it, or leave a run"
 _TEXT_BYTES: Final = 4000
 
 State = Literal["starting", "working", "finishing", "paused", "waiting", "stopped"]
@@ -101,6 +109,11 @@ class Worker:
     asked: float = 0.0
     asking: asyncio.Task[None] | None = None
     sent: int = 0
+    received: int = 0
+    #: What it may have of the limits now; what it was told; and how often in a row its memory was too much.
+    share: RunLimits = field(default_factory=RunLimits)
+    told: RunLimits = field(default_factory=RunLimits)
+    over_memory: int = 0
     words: deque[str] = field(default_factory=lambda: deque(maxlen=40))
     watching: asyncio.Task[None] | None = None
     #: Resumed while it completes its last round: it is started again.
@@ -166,6 +179,17 @@ class Supervisor:
         #: Held by whoever starts and ends workers: the daemon's own looks, and one command at a time.
         self._acting = asyncio.Lock()
         self._sensed: Sensed | None = None
+        #: For the control socket, and for this home's own page.
+        self.commands: dict[str, Handler] = {
+            "status": self._status,
+            "add": self._add,
+            "remove": self._remove,
+            "pause": self._pause,
+            "resume": self._resume,
+            "finish": self._finish,
+        }
+        #: Bytes of main memory, by process id of the worker.
+        self._held: dict[int, int] = {}
 
     # ---- the life of a daemon -----------------------------------------------------------------------------------
 
@@ -175,15 +199,9 @@ class Supervisor:
             self._read_limits()
             kept = self._read_runs()
             self._workers, self.paused = [Worker(entry) for entry in kept.runs], kept.paused
-            commands: dict[str, Handler] = {
-                "status": self._status,
-                "add": self._add,
-                "remove": self._remove,
-                "pause": self._pause,
-                "resume": self._resume,
-                "finish": self._finish,
-            }
-            async with ControlServer(self.home.daemon_socket, commands):
+            if self.paused:  # said by `status` before the first look, too
+                self.decision = decide(self._limits, Sensed(datetime.now()), paused=True)
+            async with ControlServer(self.home.daemon_socket, self.commands):
                 self._emit("daemon.started", runs=len(self._workers), pid=os.getpid())
                 try:
                     while not self._stopping.is_set():
@@ -204,8 +222,16 @@ class Supervisor:
     async def _look(self) -> None:
         """One look at machine and workers, and what follows from it."""
         self._read_limits()
-        limits, sent = self._limits, self._traffic.this_month()
-        self._sensed = await asyncio.to_thread(lambda: self._sensors.look(limits, family(os.getpid()), sent))
+        limits = self._limits
+        pids = [worker.process.pid for worker in self._workers if worker.process and worker.alive]
+
+        def look() -> tuple[Sensed, dict[int, int]]:
+            held = {pid: held_bytes(family(pid)) for pid in pids} if limits.memory else {}
+            return self._sensors.look(limits, family(os.getpid())), held
+
+        sensed, self._held = await asyncio.to_thread(look)
+        sent, received = self._traffic.this_month()
+        self._sensed = replace(sensed, sent_this_month=sent, received_this_month=received)
         async with self._acting:
             await self._act()
         self._traffic.save_now_and_then(time.monotonic())
@@ -220,11 +246,55 @@ class Supervisor:
         now = time.monotonic()
         if not self.decision.works:
             await self._end_all(self.decision.text)
+        await self._share_limits()
+        await self._hold_memory(now)
         for worker in list(self._workers):
             if worker.process is not None:
                 await self._check(worker, now)
             elif self.decision.works and worker.state != "stopped" and now >= worker.wait_until:
                 await self._start(worker)
+
+    async def _share_limits(self) -> None:
+        """Among the runs that are to work; those that they are not enough for wait."""
+        sharing = [worker for worker in self._workers if worker.state != "stopped"]
+        most = carries(self._limits)
+        parts = divide(self._limits, [worker.run for worker in sharing[:most]])
+        for worker, part in zip(sharing, parts, strict=False):
+            worker.share = part
+            if worker.reason == NO_ROOM:
+                worker.reason, worker.wait_until = "", 0.0
+        for worker in sharing[most:]:
+            await self._end(worker, "waiting", NO_ROOM)
+            if self.decision.works:
+                worker.state, worker.reason, worker.wait_until = "waiting", NO_ROOM, math.inf
+
+    async def _hold_memory(self, now: float) -> None:
+        """Where the workers hold more than they may, the largest begins again, with half the micro-batch."""
+        most = self._limits.memory
+        held = [(self._held.get(w.process.pid, 0), w) for w in self._workers if w.process and w.alive]
+        if most is None or sum(size for size, _ in held) <= most:
+            return
+        largest, worker = max(held, key=lambda one: one[0])
+        steady = now - worker.started > STEADY_SECONDS
+        finishing = worker.state == "finishing" and not worker.again
+        worker.over_memory = 1 if steady else worker.over_memory + 1
+        why = f"held {largest / 1e9:.2f} GB, where `memory` allows {most / 1e9:.2f} GB in all"
+        self._emit("daemon.worker.over_memory", run=worker.run, held=largest, limit=most)
+        self._held.clear()  # seen before the end of one of them
+        await self._end(worker, "waiting", why)
+        self._halve(worker)
+        worker.restarts += 1
+        if finishing:
+            worker.state, worker.reason = "stopped", f"{FINISHED}. The round was lost: {why}"
+        elif worker.over_memory > MAX_OVER_MEMORY:
+            worker.state, worker.reason = "stopped", f"{why}: raise it, or leave the run (then `potluck resume`)"
+        else:
+            worker.crashes = worker.over_memory
+            self._wait(worker, f"{why}: again with half the micro-batch")
+
+    def _halve(self, worker: Worker) -> None:
+        worker.entry = msgspec.structs.replace(worker.entry, halvings=min(16, worker.entry.halvings + 1))
+        self._try_to_save()
 
     async def _end_all(self, why: str) -> None:
         await asyncio.gather(*(self._end(worker, "paused", why) for worker in self._workers))
@@ -235,15 +305,21 @@ class Supervisor:
     # ---- workers ------------------------------------------------------------------------------------------------
 
     async def _start(self, worker: Worker) -> None:
-        limits, entry = self._limits, worker.entry
+        limits, entry, share = self._limits, worker.entry, worker.share
         command = [*self._program, *entry.arguments, "--home", str(self.home.path), "--json"]
-        command += ["--of-daemon", str(entry.halvings), "--disk-quota", str(limits.disk_quota)]
-        if limits.upload is not None:
-            command += ["--upload-limit", str(limits.upload)]
-        if limits.threads is not None:
-            command += ["--threads", str(limits.threads)]
+        command += ["--of-daemon", str(entry.halvings)]
+        runs = sum(worker.state != "stopped" for worker in self._workers)
+        for option, value in (
+            ("--disk-quota", share.disk_quota),
+            ("--upload-limit", share.upload),
+            ("--download-limit", share.download),
+            ("--threads", share.threads),
+            ("--vram-limit", limits.vram // max(1, runs) if limits.vram is not None else None),
+        ):
+            command += [option, str(value)] if value is not None else []
+        worker.told = share
         worker.state, worker.reason, worker.phase, worker.again = "starting", "", "", False
-        worker.hangs, worker.started, worker.sent = 0, time.monotonic(), 0
+        worker.hangs, worker.started, worker.sent, worker.received = 0, time.monotonic(), 0, 0
         worker.words.clear()
         niceness, me = limits.niceness, os.getpid()
 
@@ -306,24 +382,37 @@ class Supervisor:
             await self._ended(worker, process.returncode or 0, now)
         elif worker.hangs >= MAX_HANGS:
             self._emit("daemon.worker.hangs", run=worker.run, pid=process.pid)
-            await self._end(worker, "waiting", f"did not answer {MAX_HANGS} times in a row")
+            why, finishing = f"did not answer {MAX_HANGS} times in a row", worker.state == "finishing"
+            await self._end(worker, "waiting", why)
             worker.restarts, worker.wait_until = worker.restarts + 1, now
-        elif worker.run and now - worker.asked >= self._ask_seconds and (worker.asking is None or worker.asking.done()):
-            worker.asked = now
-            worker.asking = asyncio.create_task(self._ask(worker))
+            if finishing and not worker.again:
+                worker.state, worker.reason = "stopped", f"{FINISHED}. The round was lost: it {why}"
+        elif worker.run and (worker.asking is None or worker.asking.done()):
+            new_share = worker.state == "working" and worker.told != worker.share
+            if now - worker.asked >= (self._look_seconds if new_share else self._ask_seconds):
+                worker.asked = now
+                worker.asking = asyncio.create_task(self._ask(worker))
 
     async def _ask(self, worker: Worker) -> None:
-        """How it is, and what it has sent."""
+        """How it is, and what has passed; it is told what it may have of the limits, if that is another part now."""
+        share = worker.share
         try:
-            answer = await ask(self.home.find_run(worker.run).control_socket, "status")
+            socket = self.home.find_run(worker.run).control_socket
+            self._count(worker, await ask(socket, "status"))
+            worker.hangs = 0
+            if worker.told != share:
+                live = {name: getattr(share, name) for name in ("upload", "download", "disk_quota")}
+                await ask(socket, "limit", **live)
+                worker.told = share
         except PeerHangs:
             worker.hangs += 1
         except PotluckError:
             pass  # it is just starting or ending
-        else:
-            worker.hangs, sent = 0, int(answer.get("bytes_sent") or 0)
-            self._traffic.add(max(0, sent - worker.sent))
-            worker.sent = sent
+
+    def _count(self, worker: Worker, status: Mapping[str, Any]) -> None:
+        sent, received = (int(status.get(name) or 0) for name in ("bytes_sent", "bytes_received"))
+        self._traffic.add(max(0, sent - worker.sent), max(0, received - worker.received))
+        worker.sent, worker.received = max(sent, worker.sent), max(received, worker.received)
 
     async def _ended(self, worker: Worker, code: int, now: float) -> None:
         """What becomes of a worker that ended by itself."""
@@ -339,11 +428,13 @@ class Supervisor:
                 self._forget(worker)  # `potluck leave`, or as many rounds as it was asked for
             return
         if out_of_memory(code, worker.words) and code != 5:
-            worker.entry = msgspec.structs.replace(worker.entry, halvings=min(16, worker.entry.halvings + 1))
-            self._try_to_save()
+            self._halve(worker)
             self._emit("daemon.worker.out_of_memory", run=worker.run, halvings=worker.entry.halvings)
         if code in NEEDS_YOU:
             worker.state, worker.reason = "stopped", f"{said} (then `potluck resume`)"
+            return
+        if finished and not worker.again:
+            worker.state, worker.reason = "stopped", f"{FINISHED}. The round was lost: {said or f'code {code}'}"
             return
         worker.crashes = 1 if now - worker.started > STEADY_SECONDS else worker.crashes + 1
         worker.restarts += 1
@@ -359,6 +450,10 @@ class Supervisor:
         process = worker.process
         if process is None:
             return
+        if worker.state in ("working", "finishing") and worker.alive:
+            with suppress(PotluckError):
+                socket = self.home.find_run(worker.run).control_socket
+                self._count(worker, await ask(socket, "status", LAST_COUNT_SECONDS))
         started = family(process.pid)
         with suppress(ProcessLookupError):
             process.send_signal(signal.SIGINT)
@@ -370,6 +465,9 @@ class Supervisor:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         await process.wait()
+        until = time.monotonic() + GONE_SECONDS
+        while any(map(lives, started)) and time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # a killed process takes a moment to let go of its memory
         if worker.watching is not None:
             await worker.watching
         worker.process, worker.watching = None, None
@@ -391,7 +489,8 @@ class Supervisor:
             "rule": decision.rule or None,
             "reason": decision.text or None,
             "until": _iso(decision.until),
-            "sent_this_month": self._traffic.this_month(),
+            "sent_this_month": self._traffic.this_month()[0],
+            "received_this_month": self._traffic.this_month()[1],
             "limits_error": self._limits_wrong or None,
             "runs": [worker.status() for worker in self._workers],
         }
@@ -436,7 +535,7 @@ class Supervisor:
         self.paused = False
         async with self._acting:
             for worker in self._workers:
-                worker.entry = msgspec.structs.replace(worker.entry, finished=False)
+                worker.entry, worker.over_memory = msgspec.structs.replace(worker.entry, finished=False), 0
                 if worker.state == "finishing":
                     worker.again = True
                 elif worker.state in ("stopped", "waiting", "paused"):
@@ -490,7 +589,7 @@ class Supervisor:
             self._emit("daemon.limits.wrong", error=str(error))
         else:
             self._limits_wrong = ""
-            self._emit("daemon.limits.read", **msgspec.structs.asdict(self._limits))
+            self._emit("daemon.limits.read", **msgspec.to_builtins(self._limits))
 
     @property
     def _runs_file(self) -> Path:
@@ -531,30 +630,34 @@ def _checked(arguments: Sequence[str]) -> Entry:
         raise UserError(f"a daemon cannot {arguments[0]!r}: only join, host and validate")
     if arguments[1].startswith("-"):
         raise UserError(f"{arguments[0]}: give the invite or the file first, then {arguments[1]}")
-    for own in ("--home", "--json", "--of-daemon", "--disk-quota", "--upload-limit"):
+    limits = ("--disk-quota", "--upload-limit", "--download-limit", "--vram-limit")
+    for own in ("--home", "--json", "--of-daemon", *limits):
         if any(a == own or a.startswith(f"{own}=") for a in arguments):
             raise UserError(f"{own} is the daemon's: leave it out (limits are in {LIMITS_FILE})")
     return Entry(list(arguments))
 
 
 class _Traffic:
-    """Bytes sent in this calendar month, kept in a file."""
+    """Bytes sent and received in this calendar month, kept in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._saved_at = path, 0.0
-        self._month, self._sent = _month(), 0
+        self._month, self._sent, self._received = _month(), 0, 0
         with suppress(OSError, ValueError, TypeError, KeyError):
             kept = json.loads(path.read_bytes())
-            if kept["month"] == self._month and isinstance(kept["sent"], int) and kept["sent"] >= 0:
-                self._sent = kept["sent"]
+            counts = [kept["sent"], kept.get("received", 0)]
+            if kept["month"] == self._month and all(isinstance(count, int) and count >= 0 for count in counts):
+                self._sent, self._received = counts
 
-    def add(self, sent: int) -> None:
-        self._sent = self.this_month() + sent
+    def add(self, sent: int, received: int) -> None:
+        before = self.this_month()
+        self._sent, self._received = before[0] + sent, before[1] + received
 
-    def this_month(self) -> int:
+    def this_month(self) -> tuple[int, int]:
+        """(sent, received)"""
         if _month() != self._month:
-            self._month, self._sent = _month(), 0
-        return self._sent
+            self._month, self._sent, self._received = _month(), 0, 0
+        return self._sent, self._received
 
     def save_now_and_then(self, now: float) -> None:
         if now - self._saved_at >= 60.0:
@@ -562,8 +665,9 @@ class _Traffic:
             self.save()
 
     def save(self) -> None:
+        kept = {"month": self._month, "sent": self._sent, "received": self._received}
         with suppress(UserError):  # a full disk must not stop the daemon
-            write_atomically(self._path, msgspec.json.encode({"month": self._month, "sent": self._sent}))
+            write_atomically(self._path, msgspec.json.encode(kept))
 
 
 def _month() -> str:

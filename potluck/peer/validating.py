@@ -14,12 +14,15 @@ import numpy as np
 import torch
 
 from potluck.dht.manifest import Manifest
+from potluck.dht.records import Links, Signed
 from potluck.errors import HardwareError, LedgerError, UserError
+from potluck.incentives.accounts import Accounts
 from potluck.incentives.audit import Audit, Rules, archived, audit
 from potluck.incentives.evaluate import ModelEvaluator
 from potluck.incentives.judge import Judge, Promise
 from potluck.incentives.ledger import Ledger
-from potluck.incentives.validator import SNAPSHOT_ROUNDS, Terms, Validator
+from potluck.incentives.link_reader import LinkReader
+from potluck.incentives.validator import NETWORK_SHARE, SNAPSHOT_ROUNDS, Terms, Validator
 from potluck.net.blobs import BlobStore
 from potluck.net.host import PeerId
 from potluck.peer.build import MODULE, check_memory, outer_of, rules_of
@@ -154,11 +157,15 @@ async def _check_continues(around: Around, whole: Whole, ledger: Ledger) -> None
 class Bench:
     """Where a validator sits: one follower and one judge for each module, one ledger for all. Made by `open`."""
 
-    def __init__(self, around: Around, whole: Whole, corpus: Corpus, ledger: Ledger, archive: BlobStore) -> None:
+    def __init__(
+        self, around: Around, whole: Whole, corpus: Corpus, ledger: Ledger, archive: BlobStore, accounts: Accounts
+    ) -> None:
         self._around, self._whole, self._corpus = around, whole, corpus
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
         self.ledger, self._archive = ledger, archive
         LedgerService(around.node.rpc, ledger, around.node.settings.upload, around.emit)
+        trusted = around.manifest.incentives.trust
+        self._links = LinkReader(accounts, self._shown_by, always=trusted, now=around.clock.now, emit=around.emit)
         self._validators: list[tuple[Validator, Layout]] = []
         self._exchanges = {module: around.exchange() for module in whole.layouts}
         self._presences = {module: around.presence("validator") for module in whole.layouts}
@@ -173,7 +180,8 @@ class Bench:
         folder = around.folder
         ledger = await asyncio.to_thread(Ledger.open, folder.ledger, around.run_id, around.node.identity)
         archive = await asyncio.to_thread(open_archive, folder, archive_bytes)
-        bench = cls(around, whole, corpus, ledger, archive)
+        accounts = await asyncio.to_thread(lambda: Accounts.of(ledger.entries()))
+        bench = cls(around, whole, corpus, ledger, archive, accounts)
         codec = make_codec(around.manifest.codec.name, around.manifest.codec.parameters)
         for validator, layout in bench._validators:
             await asyncio.to_thread(validator.resume, partial(codec.decode, layout=layout))
@@ -183,21 +191,24 @@ class Bench:
         """Until cancelled, or told to leave. Raises IdentityError if another process has this identity, LedgerError if
         the ledger is an older one than was published."""
         following: list[asyncio.Task[None]] = []
+        looking = asyncio.create_task(self._look_at_links())
         taken = [presence.taken for presence in self._presences.values()]
         try:
             await _check_continues(self._around, self._whole, self.ledger)
             for module, follower in self._followers.items():
                 following.append(asyncio.create_task(follower.follow(self._nothing_yet(module))))
-            ends: list[asyncio.Future[Any]] = [*following, *taken]
+            ends: list[asyncio.Future[Any]] = [*following, looking, *taken]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for presence in taken:
                 if presence.done():
                     raise presence.result()
+            if looking.done():
+                looking.result()
             await asyncio.gather(*following)
         finally:
-            for task in [*following, *self._announcing]:
+            for task in [*following, looking, *self._announcing]:
                 task.cancel()
-            await asyncio.gather(*following, *self._announcing, return_exceptions=True)
+            await asyncio.gather(*following, looking, *self._announcing, return_exceptions=True)
             # What is being judged is given up; what is being written is written.
             await asyncio.to_thread(self._compute.shutdown, wait=True, cancel_futures=True)
             for exchange in self._exchanges.values():
@@ -236,12 +247,23 @@ class Bench:
             beside=partial(self._beside, module),
             place=self._whole.place,
             snapshot_rounds=SNAPSHOTS_IN_PIPELINES if pipeline else SNAPSHOT_ROUNDS,
+            links=self._links.along,
         )
         self._validators.append((validator, layout))
         following = around.following(module, exchange, around.emit)
         following["on_applied"], following["on_state"] = validator.on_applied, partial(self._on_state, module)
         following["compute"] = self._compute
         return Follower(layout, **following)
+
+    async def _look_at_links(self) -> None:
+        """Until cancelled, once a round."""
+        seconds = self._around.manifest.rounds.seconds
+        while True:
+            await self._links.look(NETWORK_SHARE * seconds)
+            await asyncio.sleep(seconds)
+
+    async def _shown_by(self, peer: PeerId, timeout_seconds: float) -> Sequence[Signed[Links]]:
+        return (await self._around.directory.links(peer, timeout_seconds=timeout_seconds)).records
 
     def _nothing_yet(self, module: str) -> ReplicaState:
         layout = self._whole.layouts[module]

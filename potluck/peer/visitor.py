@@ -57,8 +57,9 @@ class Sampling:
 class Visitor:
     """Made by `visit`. All that it gives is as the run's peers agree on it at this moment."""
 
-    def __init__(self, around: Around) -> None:
+    def __init__(self, around: Around, signed: SignedManifest) -> None:
         self.manifest: Manifest = around.manifest
+        self.signed = signed
         self.around = around
         self._bytes: dict[str, tuple[int, int]] = {}
 
@@ -137,46 +138,57 @@ async def visit(
     """Connect to a run by the addresses of some of its peers. Raises NetworkError, ManifestError, ClockError."""
     with tempfile.TemporaryDirectory(prefix="pl") as name:  # short: unix sockets allow 107 characters of path
         folder = Home(Path(name)).run(run_id)
-        folder.path.mkdir(parents=True)
-        folder.sockets.mkdir(parents=True, mode=0o700)
-        clock = RunClock()
-        node = Node(
-            Identity.create(Path(name) / "identity.key"),
-            folder,
-            clock,
-            lambda name, **fields: None,
-            NetworkSettings(nat_port_map=False),
+        identity = Identity.create(Path(name) / "identity.key")
+        async with observe(folder, identity, addresses, signed, on_progress=on_progress) as visitor:
+            yield visitor
+
+
+@asynccontextmanager
+async def observe(
+    folder: RunFolder,
+    identity: Identity,
+    addresses: list[str],
+    signed: SignedManifest | None = None,
+    *,
+    network: NetworkSettings = NetworkSettings(nat_port_map=False),
+    emit: Callable[..., None] = lambda name, **fields: None,
+    on_progress: Progress = lambda done, total: None,
+) -> AsyncIterator[Visitor]:
+    """`visit` with a folder and an identity that stay. Raises NetworkError, ManifestError, ClockError."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.sockets.mkdir(parents=True, mode=0o700, exist_ok=True)
+    clock, run_id = RunClock(), folder.run_id
+    async with Node(identity, folder, clock, emit, network) as node:
+        results = await node.dial(addresses)
+        if not any(isinstance(result, str) for result in results.values()):
+            why = "; ".join(f"{address}: {' '.join(str(error).split())}" for address, error in results.items())
+            raise NetworkError(f"no peer of the run can be reached ({why or 'no address is known'})")
+        signed = signed or await node.fetch_manifest(Invite(run_id, tuple(addresses)))
+        manifest = signed.manifest
+        manifest.check_known(codecs=CODEC_NAMES)
+        measured = await clock.measure(node.rpc, await node.connected())
+        if measured is not None:
+            clock.correct(measured)
+        directory = await node.join_dht(run_id, manifest)
+        yield Visitor(
+            Around(
+                run_id=run_id,
+                manifest=manifest,
+                folder=folder,
+                node=node,
+                directory=directory,
+                clock=clock,
+                waits=WaitBoard(clock.now),
+                session=new_session(),
+                name="",
+                keep_checkpoints=1,
+                addresses=[],
+                first_round=rules_of(manifest).clock.round_at(clock.now()),
+                emit=emit,
+                on_progress=on_progress,
+            ),
+            signed,
         )
-        async with node:
-            results = await node.dial(addresses)
-            if not any(isinstance(result, str) for result in results.values()):
-                why = "; ".join(f"{address}: {' '.join(str(error).split())}" for address, error in results.items())
-                raise NetworkError(f"no peer of the run can be reached ({why or 'no address is known'})")
-            signed = signed or await node.fetch_manifest(Invite(run_id, tuple(addresses)))
-            manifest = signed.manifest
-            manifest.check_known(codecs=CODEC_NAMES)
-            measured = await clock.measure(node.rpc, await node.connected())
-            if measured is not None:
-                clock.correct(measured)
-            directory = await node.join_dht(run_id, manifest)
-            yield Visitor(
-                Around(
-                    run_id=run_id,
-                    manifest=manifest,
-                    folder=folder,
-                    node=node,
-                    directory=directory,
-                    clock=clock,
-                    waits=WaitBoard(clock.now),
-                    session=new_session(),
-                    name="",
-                    keep_checkpoints=1,
-                    addresses=[],
-                    first_round=rules_of(manifest).clock.round_at(clock.now()),
-                    emit=lambda name, **fields: None,
-                    on_progress=on_progress,
-                )
-            )
 
 
 async def addresses_of(folder: RunFolder) -> list[str]:

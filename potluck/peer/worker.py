@@ -26,6 +26,7 @@ from potluck.dht.care import DIAL_SECONDS
 from potluck.dht.invite import Invite, is_address
 from potluck.dht.manifest import Manifest, RunId, SignedManifest
 from potluck.dht.manifest import sign as sign_manifest
+from potluck.dht.records import Heartbeat
 from potluck.dht.template import load_toml
 from potluck.errors import NetworkError, PotluckError, UserError
 from potluck.net.clock import SAID_SECONDS, RunClock
@@ -35,15 +36,18 @@ from potluck.peer.control import ControlServer
 from potluck.peer.events import EventLog, Twentieths
 from potluck.peer.hardware import choose_device
 from potluck.peer.home import Home, RunFolder
+from potluck.peer.ledger_copies import LedgerCopies
+from potluck.peer.links import show_links
 from potluck.peer.node import DIRECTORY_SECONDS, Node
 from potluck.peer.pipeline import Pipeline, choose_stage
 from potluck.peer.seat import Around, Seat
 from potluck.peer.settings import PeerSettings
+from potluck.peer.telemetry import Telemetry, Vitals
 from potluck.peer.validating import Bench, Whole
 from potluck.swarm.codecs import CODEC_NAMES
 from potluck.swarm.data import Corpus, load_corpus
 from potluck.swarm.phases import Round
-from potluck.swarm.presence import new_session
+from potluck.swarm.presence import Role, new_session
 from potluck.swarm.rounds import GossipReplica, RoundReport
 from potluck.swarm.stage import stage_names, stage_parameters
 from potluck.swarm.stage_trainer import StageTrainer
@@ -166,6 +170,7 @@ class Run:
         self._seats: dict[asyncio.Task[None], Seat] = {}
         self._moving: asyncio.Task[None] | None = None
         self._woken = asyncio.Event()
+        self._copies: LedgerCopies | None = None
 
     # ---- joining --------------------------------------------------------------------------------------------
 
@@ -186,7 +191,14 @@ class Run:
 
     async def _start(self) -> None:
         control = ControlServer(
-            self.folder.control_socket, {"status": self.status, "why": self.why, "leave": self._leave}
+            self.folder.control_socket,
+            {
+                "status": self.status,
+                "why": self.why,
+                "leave": self._leave,
+                "ledgers": self._ledgers,
+                "limit": self.node.limit,
+            },
         )
         await self._stack.enter_async_context(control)
         with self._phase("network", "the libp2p daemon to start", 30, "the peer gives up"):
@@ -206,6 +218,8 @@ class Run:
             parts = await self._build_parts(module)
         with self._phase("directory", "the run's directory", DIRECTORY_SECONDS, "the peer gives up"):
             around = await self._enter_directory()
+        self._copies = LedgerCopies(around)
+        self._stack.push_async_callback(self._copies.close)
         if self.settings.validate:
             self.bench = await self._make_bench(around)
             self.phase = "validating"
@@ -278,7 +292,7 @@ class Run:
         return seat
 
     async def _enter_directory(self) -> Around:
-        directory = await self.node.join_dht(self.run_id, self.manifest)
+        directory = self._directory = await self.node.join_dht(self.run_id, self.manifest)
         return Around(
             run_id=self.run_id,
             manifest=self.manifest,
@@ -343,8 +357,11 @@ class Run:
 
     async def _train(self) -> None:
         assert self.seat or self.pipeline or self.bench
+        home, seconds = self.peer.home, self.manifest.rounds.seconds
+        showing = show_links(home, self._directory, self.identity.peer_id, seconds, self.clock.now, self.events.emit)
         care = [
             asyncio.create_task(self.node.keep_connected()),
+            asyncio.create_task(showing),
             asyncio.create_task(self.clock.keep_checked(self.node.rpc, self.node.connected, self.events.emit)),
             asyncio.create_task(self.node.until_daemon_fails()),
         ]
@@ -352,6 +369,8 @@ class Run:
             care.append(asyncio.create_task(self.pipeline.run()))
         if self.bench:
             care.append(asyncio.create_task(self.bench.run()))
+        if self.settings.telemetry:
+            care.append(asyncio.create_task(self._telemetry().run()))
         for task in care:
             task.add_done_callback(self._wake)
         if self.seat:
@@ -505,6 +524,34 @@ class Run:
         own = await self.node.addresses()
         others = [a for a in self.folder.peers() if not a.endswith(self.identity.peer_id)]
         return Invite(self.run_id, tuple(filter(is_address, dict.fromkeys([*own[:2], *others[:3]]))))
+
+    def _telemetry(self) -> Telemetry:
+        organizer = self.manifest.organizer == self.identity.peer_id
+        role: Role = "validator" if self.bench else "organizer" if organizer else "worker"
+        rounds = rules_of(self.manifest).clock
+        vitals = Vitals(role, self.settings.name, rounds, self.clock.now)
+        self.events.subscribe(vitals.on_event)
+
+        def describe() -> Heartbeat:
+            vitals.phase = self.phase
+            if self.seat:
+                vitals.module, vitals.load = self.seat.module, self.seat.presence.load
+            return vitals.beat()
+
+        return Telemetry(
+            self.node.host.control,
+            self.run_id,
+            self.folder.history,
+            clock=rounds,
+            now=self.clock.now,
+            emit=self.events.emit,
+            identity=self.identity,
+            describe=describe,
+        )
+
+    async def _ledgers(self) -> dict[str, Any]:
+        """For pages: copies of the validators' ledgers are brought up to date."""
+        return self._copies.refresh() if self._copies else {"fetching": False, "errors": {}}
 
     async def status(self) -> dict[str, Any]:
         replica, last = self.replica, self.last

@@ -80,7 +80,6 @@ class SimPeer:
         self.validates = self.id in world.stake
         self.rpc: Rpc | None = None
         self.store: BlobStore | None = None
-        self.blobs: BlobService | None = None
         self.dht: Any = None
         self.ended: str | None = None
         self.dht_operations = 0
@@ -188,14 +187,13 @@ class SimPeer:
         host = self.host = MemoryHost(world.lan, self.id)
         stack.push_async_callback(host.shutdown)
         clock = RunClock(self.system_clock, world.loop.time)
-        rpc = self.rpc = Rpc(host, LIMITS)
+        rpc = self.rpc = Rpc(host, LIMITS, upload=plan.upload_cap_mbit * 125_000 or None)
         await rpc.start()
         stack.push_async_callback(rpc.close)
         kind = BlobStore if plan.checkpoints else MemoryBlobStore
         store = self.store = kind(world.root / str(self.number) / "blobs", QUOTA_BYTES, clock=clock.now)
         store.quota_bytes = 0 if self.disk_full else QUOTA_BYTES
-        cap = plan.upload_cap_mbit * 125_000 or None
-        self.blobs = BlobService(rpc, store, max_upload_bytes_per_second=cap)
+        BlobService(rpc, store)
         clock.serve(rpc)
         known = [f"/ip4/10.0.0.1/tcp/4001/p2p/{peer}" for peer in bootstrap]
         await dial(host, [*known, *self._addresses])

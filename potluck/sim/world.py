@@ -304,8 +304,8 @@ class World:
         return float(median(grown)) if grown else 0.0
 
     def _served_max(self, living: list[SimPeer]) -> int:
-        """Most bytes of blobs that any peer gave others since the last round."""
-        before, now = self._served, {peer.id: peer.blobs.served_bytes for peer in living if peer.blobs}
+        """Most bytes that any peer sent others since the last round, the directory's left out."""
+        before, now = self._served, {peer.id: peer.rpc.bytes_sent for peer in living if peer.rpc}
         self._served = now
         return max((n - before.get(peer, 0) for peer, n in now.items() if n >= before.get(peer, 0)), default=0)
 

@@ -203,7 +203,7 @@ def test_a_full_disk_ends_with_one_clear_line_and_keeps_what_was_there() -> None
             pytest.skip("mounting a small disk needs root")
         try:
             manifest = str(write_manifest(folder, model__config__intermediate_size=2048))
-            refused(2, "host", manifest, "--home", str(small / "h"), "--loopback", says="the disk is full")
+            refused(11, "host", manifest, "--home", str(small / "h"), "--loopback", says="the disk is full")
             assert not list(small.rglob(".partial*")) and not list(small.rglob("*.tmp"))
         finally:
             subprocess.run(["umount", str(small)], check=False)

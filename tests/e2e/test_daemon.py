@@ -6,66 +6,19 @@ import asyncio
 import json
 import os
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
+from potluck.errors import UserError
 from potluck.peer.control import ask
-from potluck.peer.home import Home
 from potluck.peer.party import Party
 
-from real import potluck, processes_of, run_party, write_manifest
+from real import potluck, run_party, write_manifest
+from volunteer import Volunteer
 
 pytestmark = pytest.mark.slow
-
-
-class Volunteer:
-    """A home with a daemon."""
-
-    def __init__(self, folder: Path) -> None:
-        self.home = Home(folder)
-        self.process: asyncio.subprocess.Process | None = None
-
-    async def start(self) -> None:
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "potluck", "daemon", "--home", str(self.home.path), "--json"),
-            stdout=asyncio.subprocess.DEVNULL,
-        )
-        while not await self.answers():
-            assert self.process.returncode is None
-            await asyncio.sleep(0.1)
-
-    async def answers(self) -> bool:
-        try:
-            await self.ask("status")
-        except Exception:
-            return False
-        return True
-
-    async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        return await ask(self.home.daemon_socket, command, 15.0, **arguments)
-
-    async def until(self, holds: Callable[[dict[str, Any]], bool], seconds: float = 90) -> dict[str, Any]:
-        """Of the only run."""
-        async with asyncio.timeout(seconds):
-            while True:
-                runs = (await self.ask("status"))["runs"]
-                if runs and holds(runs[0]):
-                    found: dict[str, Any] = runs[0]
-                    return found
-                await asyncio.sleep(0.2)
-
-    def workers(self) -> list[psutil.Process]:
-        assert self.process
-        return [p for p in processes_of(self.home.path) if p.pid != self.process.pid]
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        lines = (self.home.path / "daemon.jsonl").read_text().splitlines()
-        return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
 def test_a_daemon_takes_over_pauses_comes_back_and_leaves() -> None:
@@ -85,6 +38,10 @@ def test_a_daemon_takes_over_pauses_comes_back_and_leaves() -> None:
             assert wrong.returncode == 4, wrong
             await one.until(lambda run: run["contributed_rounds"] > 0)
             assert psutil.Process(one.process.pid).memory_info().rss < 80e6  # type: ignore[union-attr]
+            control, caps = one.home.find_run().control_socket, {"download": None, "disk_quota": 10**9}
+            assert await ask(control, "limit", upload=5_000_000, **caps) == {}
+            with pytest.raises(UserError, match="positive"):
+                await ask(control, "limit", upload=-1, **caps)
 
             await one.ask("pause")
             assert one.workers() == []
@@ -124,9 +81,7 @@ def test_a_daemon_takes_over_pauses_comes_back_and_leaves() -> None:
             one.process.send_signal(signal.SIGINT)
             assert await asyncio.wait_for(one.process.wait(), 20) == 0
         finally:
-            if one.process and one.process.returncode is None:
-                one.process.kill()
-                await one.process.wait()
+            await one.stop()
         await party.leave_all([organizer])
 
     run_party(body)

@@ -48,6 +48,7 @@ def test_doctor_examines_a_run_before_joining_it_and_leaves_nothing() -> None:
         assert "within 0.05 s" in found["clock"]["seen"]
         assert "about 1 peer is in it" in found["run"]["seen"]
         assert " MB/s from one peer" in found["download"]["seen"], found["download"]
+        assert " MB/s to one peer" in found["upload"]["seen"], found["upload"]
         assert {"manifest", "model", "data", "disk for this run"} <= found.keys()
         assert said["recommendation"]["role"] == "whole" and "join" in said["recommendation"]["command"]
         assert list(home.iterdir()) == [] and processes_of(home) == []

@@ -30,6 +30,7 @@ from potluck.net.fetch import FetchReport, fetch
 from potluck.net.host import Host, PeerId
 from potluck.net.hosts.go import GoHost
 from potluck.net.identity import Identity
+from potluck.net.pubsub import Message, publish, subscribe
 from potluck.net.rpc import Reply, Rpc
 
 
@@ -73,6 +74,42 @@ async def hosts(directory: Path, *names: str, **options: Any) -> AsyncIterator[l
 
 async def echo(peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
     return Reply({**head, "from": peer}, bytes(body))
+
+
+def test_what_one_peer_publishes_all_subscribers_hear_also_after_a_daemon_died(short_dir: Path) -> None:
+    async def main() -> None:
+        async with hosts(short_dir, "a", "b", "c") as (a, b, c):
+            heard: dict[str, list[Message]] = {"a": [], "c": []}
+
+            async def listen(host: GoHost, said: list[Message]) -> None:
+                async for message in subscribe(host.control, "topic", max_bytes=100):
+                    said.append(message)
+
+            async def heard_by_all(text: bytes) -> None:
+                async with asyncio.timeout(30):
+                    while not all(any(m.data == text for m in said) for said in heard.values()):
+                        await publish(b.control, "topic", text)
+                        await asyncio.sleep(0.2)
+
+            listening = [asyncio.create_task(listen(a, heard["a"])), asyncio.create_task(listen(c, heard["c"]))]
+            try:
+                await heard_by_all(b"one")
+                await publish(b.control, "topic", b"x" * 5000)  # more than these subscribers take
+                await publish(b.control, "other", b"other")
+                assert c.pid is not None
+                os.kill(c.pid, signal.SIGKILL)
+                await until(lambda: c.restarts == 1)
+                await c.connect(str((await a.get_visible_maddrs())[0]), 10)
+                await heard_by_all(b"two")
+                said = [*heard["a"], *heard["c"]]
+                assert {message.data for message in said} == {b"one", b"two"}
+                assert {message.sender for message in said} == {b.identity.peer_id}
+            finally:
+                for task in listening:
+                    task.cancel()
+                await asyncio.gather(*listening, return_exceptions=True)
+
+    asyncio.run(main())
 
 
 def test_calls_cross_two_daemons_and_nothing_is_left(short_dir: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from potluck.peer.control import ask
+from potluck.peer.history import Heard, History
 from potluck.peer.party import Member, Party
 
 from real import potluck, processes_of, run_party, short_folder, sockets_of, write_manifest
@@ -29,11 +30,18 @@ def digest_after(member: Member, round_: int) -> str | None:
     return next((e["digest"] for e in member.applied if e["round"] == round_), None)
 
 
+def heard(member: Member) -> dict[str, Heard]:
+    return (
+        {one.peer: one for one in History.read(member.folder.history).peers()} if member.folder.history.exists() else {}
+    )
+
+
 def test_peers_train_to_identical_parameters_and_the_model_is_exported() -> None:
     async def body(party: Party) -> None:
         manifest = write_manifest(party.root)
         organizer = await party.start("org", "host", str(manifest))
         worker = await party.start("w1", "join", organizer.status["invite"])
+        silent = await party.start("w2", "join", organizer.status["invite"], "--no-telemetry")
         await party.until("four common rounds", lambda: len(worker.applied) >= 4, 120)
 
         status = await ask(worker.folder.control_socket, "status")
@@ -41,7 +49,16 @@ def test_peers_train_to_identical_parameters_and_the_model_is_exported() -> None
         why = await ask(worker.folder.control_socket, "why")
         assert all(wait["until"] > wait["since"] and wait["then"] for wait in why["waits"])
 
-        await party.leave_all([organizer, worker])
+        everybody = [organizer, worker]
+        for member in everybody:
+            await party.until("heartbeats", lambda member=member: len(heard(member)) == 2, 30)
+            beats = heard(member)
+            assert beats.keys() == {one.status["peer"] for one in everybody}
+            assert all(beat.latest.module == "stage.0" for beat in beats.values())
+            assert any(point.loss for point in History.read(member.folder.history).curve())
+        assert not silent.folder.history.exists()
+
+        await party.leave_all([organizer, worker, silent])
         assert organizer.process and worker.process
         assert organizer.process.returncode == worker.process.returncode == 0
         assert sockets_of(party.root) == []

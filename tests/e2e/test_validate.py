@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from potluck.incentives.audit import Audit
 from potluck.incentives.entries import RoundEntry
 from potluck.incentives.ledger import Ledger, compare_files, verify_file
 from potluck.peer.home import Home
+from potluck.peer.links import accept, offer
 from potluck.peer.party import Event, Member, Party
 from potluck.peer.validating import audit_rounds
 
@@ -33,6 +35,9 @@ async def start(party: Party) -> tuple[Member, Member, Member]:
     manifest = write_manifest(party.root, incentives__validators=[me], **QUICK)
     organizer = await party.start("org", "host", str(manifest))
     invite = str(organizer.status["invite"])
+    # The worker's machine earns for the account that the organizer's is.
+    account, machine = Home(party.root / "org"), Home(party.root / "w1").open()
+    accept(machine, machine.identity(), offer(account, account.identity(), machine.identity().peer_id, time.time()))
     worker, validator = await asyncio.gather(party.start("w1", "join", invite), party.start("val", "validate", invite))
     return organizer, worker, validator
 
@@ -42,6 +47,12 @@ def paid_to(validator: Member, *members: Member, since: int = 0) -> list[int]:
     peers, scored = {str(member.status["peer"]) for member in members}, validator.of(SCORED)
     rounds = [before["round"] for before, event in pairwise(scored) if peers <= event["paid"].keys()]
     return [round_ for round_ in rounds if round_ >= since]
+
+
+def linked(validator: Member) -> bool:
+    """Whether it wrote a link down: that is said just before the round that it goes along with is."""
+    kinds = [event.get("event") for event in validator.events]
+    return SCORED in kinds[kinds.index("incentives.link.written") :] if "incentives.link.written" in kinds else False
 
 
 async def ledger(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -61,6 +72,7 @@ def test_credit_is_paid_and_the_ledger_can_be_verified_proven_audited_and_fetche
     async def body(party: Party) -> None:
         organizer, worker, validator = await start(party)
         await party.until("credit for both", lambda: bool(paid_to(validator, organizer, worker)), 90)
+        await party.until("a link in the ledger", lambda: linked(validator), 60)
         round_, home = paid_to(validator, organizer, worker)[0], ("--home", validator.home)
         copy, proof, other = party.root / "copy.ledger", party.root / "proof.json", ("--home", party.root / "other")
         invite, peer = worker.status["invite"], worker.status["peer"]
@@ -86,6 +98,9 @@ def test_credit_is_paid_and_the_ledger_can_be_verified_proven_audited_and_fetche
         assert all(row["credit"] > 0 for row in rows.values())
         credits = {e["round"] for e in validator.of(SCORED) if e["paid"]}
         assert sum(row["credit"] for row in rows.values()) <= 100.0 * len(credits) + 1e-6
+        account = next(one for one in last_line(shown)["accounts"] if one["account"] == organizer.status["peer"])
+        assert [one["peer"] for one in account["machines"]] == [organizer.status["peer"], peer]
+        assert account["credit"] == pytest.approx(sum(row["credit"] for row in rows.values()))
         (scoring,) = last_line(shown)["validators"]
         assert scoring["peer"] == validator.status["peer"] and scoring["earned"] >= 10.0
         entry = last_line(proven)["entry"]

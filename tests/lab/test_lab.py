@@ -162,27 +162,33 @@ def test_a_line_that_comes_back_with_another_address_costs_the_rounds_it_was_dow
     play(body)
 
 
-def test_doctor_tells_who_is_public_who_is_relayed_and_how_fast_a_line_is() -> None:
-    def reached_and_download(party: Party, site: Site, invite: str) -> tuple[str, float]:
+def test_doctor_tells_who_is_public_who_is_relayed_by_what_nat_and_how_fast_a_line_is() -> None:
+    def examine(party: Party, site: Site, invite: str) -> dict[str, str]:
         command = [*site.enter, sys.executable, "-m", "potluck", "doctor", invite, *LISTEN]
         command += ["--home", str(party.root / site.name), "--no-benchmark", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 0, (done.stdout, done.stderr)
-        seen = {finding["name"]: finding["seen"] for finding in json.loads(done.stdout)["findings"]}
-        return seen["reachability"], float(seen["download"].split(" MB/s")[0])
+        return {finding["name"]: finding["seen"] for finding in json.loads(done.stdout)["findings"]}
 
     async def body(lab: Lab, party: Party) -> None:
         large = {"model__config__hidden_size": 256, "model__config__intermediate_size": 1024}
-        hub = await host(party, lab.host("hub"), **large)
+        hub, other = await host(party, lab.host("hub"), **large), lab.host("other")
+        announce = ("--announce", f"/ip4/{other.address}/tcp/4001")
+        second = await join(party, other, hub.status["invite"], *announce)
         public, forwarded = lab.host("public", down_mbit=20, up_mbit=5), lab.home("forwarded", nat="full-cone")
         sites = [public, forwarded, lab.home("cone", nat="cone"), lab.home("symmetric", nat="symmetric")]
         await party.until("a state", lambda: bool(hub.applied), PATIENCE)
-        ask = [asyncio.to_thread(reached_and_download, party, site, hub.status["invite"]) for site in sites]
-        (open_, speed), *others = await asyncio.gather(*ask)
-        assert open_ == f"public: a peer dialled back to /ip4/{public.address}/tcp/4001"
-        assert speed < 3.0  # 20 Mbit/s and a burst
-        assert others[0][0] == f"public: a peer dialled back to /ip4/{forwarded.address}/tcp/4001"
-        assert all(seen.startswith("behind a NAT; others come through a relay") for seen, _ in others[1:]), others
-        await party.leave(hub)
+        second_peer = f"peer=/ip4/{other.address}/tcp/4001/p2p/{peer_id(second)}"
+        invite = f"{hub.status['invite'].partition('&')[0]}&{second_peer}"
+        open_, *others = await asyncio.gather(*(asyncio.to_thread(examine, party, site, invite) for site in sites))
+        assert open_["reachability"] == f"public: a peer dialled back to /ip4/{public.address}/tcp/4001"
+        speed = {way: float(open_[way].split(" MB/s")[0]) for way in ("download", "upload")}
+        assert speed["download"] < 3.0 and speed["upload"] < 0.8  # 20 and 5 Mbit/s, and a burst
+        assert others[0]["reachability"] == f"public: a peer dialled back to /ip4/{forwarded.address}/tcp/4001"
+        for seen in others[1:]:
+            assert seen["reachability"].startswith("behind a NAT; others come through a relay"), seen
+        kinds = [seen["NAT"].partition(":")[0] for seen in (open_, *others)]
+        assert kinds == ["none", "one outer address for all peers", "one outer address for all peers", "symmetric"]
+        await party.leave_all([hub, second])
 
     play(body)

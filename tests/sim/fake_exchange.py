@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from potluck.dht.records import Commit, Replica, Signed
-from potluck.errors import BlobUnavailable
+from potluck.errors import BlobUnavailable, DiskFull
 from potluck.net.blobs import BlobRef, ChunkList
 from potluck.net.host import PeerId
 from potluck.swarm.phases import Round
@@ -21,6 +21,7 @@ class Faults:
     hides_from: set[PeerId] = field(default_factory=set)
     down: bool = False
     cannot_publish: bool = False
+    disk_full: bool = False
     blind: bool = False
     garbage: bytes | None = None
     latency_seconds: float = 0.01
@@ -71,6 +72,8 @@ class FakeExchange:
         return [] if self.faults.blind or self.faults.down else list(self.world.announced.get(module, {}).values())
 
     async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
+        if self.faults.disk_full:
+            raise DiskFull("the disk is full")
         served = blob if self.faults.garbage is None else self.faults.garbage
         ref = ChunkList.of([served]).ref
         self.world.blobs.setdefault(ref.id, {}).setdefault(self.peer, (served, reveal_at))  # as the real store

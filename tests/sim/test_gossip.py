@@ -249,7 +249,7 @@ def test_one_that_missed_a_blob_shows_in_the_digests_and_is_identical_again_a_ro
     simulate(body)
 
 
-@pytest.mark.parametrize("garbage", [b"", b"x", b"\x00" * 700, b"PLC1" + b"\xff" * 2000])
+@pytest.mark.parametrize("garbage", [b"", b"x", b"\x00" * 700, b"PLC2" + b"\xff" * 2000])
 def test_garbage_is_left_out_and_named(garbage: bytes) -> None:
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(i) for i in range(4)]
@@ -320,6 +320,22 @@ def test_who_was_frozen_comes_back_to_the_same_bits(frozen_rounds: int) -> None:
             assert len(swarm.digests(round_)) == 1, (round_, names[-30:])
 
     simulate(body)
+
+
+def test_a_full_disk_costs_the_rounds_that_it_lasts() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(2)]
+        await swarm.until(31.0)
+        swarm.world.of(peers[1]).disk_full = True
+        await swarm.until(51.0)
+        swarm.world.of(peers[1]).disk_full = False
+        await swarm.until(81.0)
+        skipped = [e for e in swarm.events[peers[1]] if e["event"] == "swarm.round.skipped"]
+        assert {event["reason"] for event in skipped} == {"disk_full"}
+        assert list(swarm.applied(peers[0])[7]["group"]) == sorted(peers)
+        assert len(swarm.digests(7)) == 1
+
+    simulate(body, codec="sparse")
 
 
 def test_what_was_not_published_stays_in_the_error_feedback() -> None:

@@ -124,7 +124,7 @@ def test_a_storm_of_joiners_contributes_within_three_rounds_and_donors_keep_thei
     free, capped = storm(10.0), storm(0.25)
     assert len(capped.join_rounds) == 12 and statistics.median(capped.join_rounds) <= 3
     assert column(capped, "contributed")[-1] == 18
-    most = 0.25 * 125_000 * (20 + 1)  # of a round, and the burst of one second
+    most = 0.25 * 125_000 * (20 + 1)  # of a round, and what a burst may be
     assert max(column(capped, "served_max")) <= most < max(column(free, "served_max"))  # type: ignore[operator, type-var]
 
 

@@ -213,7 +213,7 @@ class GoHost:
         await self._attached()
         open_stream = p2pd_pb2.StreamOpenRequest(peer=peer_id.to_bytes(), proto=[handler_name])
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=open_stream)
-        response, reader, writer = await self._control(request)
+        response, reader, writer = await self.control(request)
         return response.streamInfo, reader, writer
 
     async def get_visible_maddrs(self, latest: bool = False) -> Sequence[Any]:
@@ -279,7 +279,7 @@ class GoHost:
         except TimeoutError as error:
             raise DaemonError("the libp2p daemon died and has not come back yet") from error
 
-    async def _control(self, request: Any) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:
+    async def control(self, request: Any) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:
         """One request on a control connection of its own, which stays open. Raises NetworkError."""
         try:
             reader, writer = await asyncio.open_unix_connection(self._run_dir / _DAEMON_SOCKET)
@@ -310,7 +310,7 @@ class GoHost:
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._attached()
-                _, _, writer = await self._control(request)
+                _, _, writer = await self.control(request)
         except TimeoutError as error:
             raise NetworkError(f"cannot connect to {target}: no answer in {timeout_seconds:g} s") from error
         except DaemonError:

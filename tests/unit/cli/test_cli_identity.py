@@ -85,7 +85,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@pytest.mark.parametrize("verb", ["show", "backup", "restore"])
+@pytest.mark.parametrize("verb", ["show", "backup", "restore", "delegate", "accept", "revoke", "rotate"])
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert potluck(verb, "--help") == 0
     text = capsys.readouterr().out
@@ -284,7 +284,8 @@ def test_show_tells_where_the_key_is_and_what_was_backed_up(
 
     peer = home.identity().peer_id
     none = {"file": None, "file_at": None, "phrase_at": None}
-    assert shown() == {"peer": peer, "key": str(home.key_path), "backups": none}
+    alone = {"account": peer, "machines": {}, "linked": {}, "rotation_unfinished": False}
+    assert shown() == {"peer": peer, "key": str(home.key_path), "backups": none, **alone}
     assert potluck("show", "--home", home.path) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == peer and str(home.key_path) in lines[1] and "none was made from here" in lines[2]
@@ -360,3 +361,94 @@ def test_at_a_terminal_words_are_shown_and_typed_on_several_lines(tmp_path: Path
     lines = " ".join(words[:12]) + "\n" + " ".join(words[12:])
     code, screen = at_terminal([("The 24 words", lines)], "restore", "--phrase", "--home", tmp_path / "new")
     assert code == 0 and Home(tmp_path / "new").identity().peer_id == home.identity().peer_id
+
+
+# ---- one account on several machines ------------------------------------------------------------------------
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    capsys.readouterr()
+    assert potluck(*arguments, "--json") == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert potluck(*arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_a_machine_is_taken_in_with_one_line_and_a_lost_one_is_let_go(
+    tmp_path: Path, home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    laptop, account = tmp_path / "laptop", home.identity().peer_id
+    peer = told(capsys, "show", "--home", laptop)["peer"]
+    line = said(capsys, "delegate", peer, "--home", home.path)
+    assert line.startswith("potluck-offer:") and line.count("\n") == 1
+    assert f"machine  {peer}, taken in 20" in said(capsys, "show", "--home", home.path)
+    assert f"account {account}" in said(capsys, "accept", line, "--home", laptop)
+    again = told(capsys, "accept", line, "--home", laptop)
+    assert (again["new"], again["counts_for"], again["ends"]) == (False, account, False)
+    assert f"account  {account}, which its credit counts for" in said(capsys, "show", "--home", laptop)
+
+    ended = said(capsys, "revoke", peer, "--home", home.path)
+    assert ended.startswith("potluck-end:") and told(capsys, "show", "--home", home.path)["machines"] == {}
+    assert "no more" in said(capsys, "accept", ended, "--home", laptop)
+    assert told(capsys, "show", "--home", laptop)["account"] == peer
+
+
+def test_a_line_that_is_not_for_this_machine_changes_nothing(
+    tmp_path: Path, home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = told(capsys, "show", "--home", tmp_path / "other")["peer"]
+    line = said(capsys, "delegate", other, "--home", home.path).strip()
+    new = ("--home", tmp_path / "new")
+    refused(capsys, 3, "IdentityError", f"this offer is for {other}", "accept", line, *new)
+    refused(capsys, 3, "IdentityError", "cut short", "accept", line[:-20], *new)
+    refused(capsys, 3, "IdentityError", "no line of", "accept", other, *new)
+    refused(capsys, 3, "IdentityError", "not a peer id", "delegate", "laptop", *new)
+    refused(capsys, 3, "IdentityError", "no key file", "revoke", other, "--home", tmp_path / "none")
+    assert not (tmp_path / "new" / "links.json").exists()
+    capsys.readouterr()
+    assert potluck("revoke", told(capsys, "show", *new)["peer"], "--home", home.path) == 0
+    assert "never took it in" in capsys.readouterr().err
+
+
+def test_a_key_is_rotated_once_the_new_one_is_backed_up(
+    tmp_path: Path, home: Home, secret: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, file = home.identity(), tmp_path / "new.backup"
+    laptop = tmp_path / "laptop"
+    peer = told(capsys, "show", "--home", laptop)["peer"]
+    said(capsys, "accept", said(capsys, "delegate", peer, "--home", home.path), "--home", laptop)
+
+    command = ("rotate", "--home", home.path)
+    refused(capsys, 2, "UserError", "either FILE", *command)
+    refused(capsys, 2, "UserError", "either FILE", *command, file, "--no-backup")
+    file.write_text("photos")
+    refused(capsys, 2, "UserError", "--force", *command, file, "--passphrase-file", secret)
+    refused(capsys, 3, "IdentityError", f"counts for account {old.peer_id}", "rotate", "--no-backup", "--home", laptop)
+    with home.run(RunId("b" * 52)).locked():
+        refused(capsys, 2, "UserError", "is running", *command, "--no-backup")
+    assert home.identity().seed == old.seed and not told(capsys, "show", "--home", home.path)["rotation_unfinished"]
+
+    done = told(capsys, *command, file, "--force", "--passphrase-file", secret)
+    new = home.identity()
+    assert (done["peer"], done["before"]) == (new.peer_id, old.peer_id) and new.seed != old.seed
+    assert read_backup(file).open(PASSPHRASE) == new.seed
+    assert Identity.load(Path(done["retired"])).seed == old.seed
+    shown = told(capsys, "show", "--home", home.path)
+    assert shown["backups"]["file"] == str(file) and list(shown["linked"]) == [old.peer_id]
+    assert list(shown["machines"]) == [peer]
+    assert told(capsys, "accept", done["line"], "--home", laptop)["counts_for"] == new.peer_id
+    refused(capsys, 3, "IdentityError", "had before", "revoke", old.peer_id, "--home", home.path)
+
+
+def test_an_interrupted_rotation_is_said_and_finished_with_the_same_key(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = Identity.create(home.path / "identity.key.next")
+    assert "`potluck identity rotate` again finishes it" in said(capsys, "show", "--home", home.path)
+    text = said(capsys, "rotate", "--no-backup", "--home", home.path)
+    assert text.startswith(begun.peer_id) and "backup   none" in text and "potluck-link:" in text
+    assert home.identity().peer_id == begun.peer_id

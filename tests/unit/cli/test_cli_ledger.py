@@ -14,9 +14,10 @@ from sample_entries import round_entry
 
 from potluck.cli.main import main
 from potluck.dht.manifest import RunId
-from potluck.incentives.entries import AnyEntry, CreditEntry, ScoreEntry, Standing
+from potluck.incentives.entries import AnyEntry, CreditEntry, LinkEntry, ScoreEntry, Standing
 from potluck.incentives.ledger import Ledger, verify_file
 from potluck.net.identity import Identity, peer_id_of
+from potluck.net.links import End, Link, make_end, make_link, make_offer
 from potluck.peer.home import Home
 
 RUN = RunId("b" * 52)
@@ -222,3 +223,55 @@ def test_without_matplotlib_the_extra_is_named_and_nothing_is_left(
     assert potluck("ledger", "export", file, "--plot", tmp_path / "credit.png") == 2
     assert "potluck[plot]" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_credit_is_summed_by_account_with_the_machines_below_it(
+    tmp_path: Path, identity: Identity, capsys: pytest.CaptureFixture[str]
+) -> None:
+    laptop, desktop = Identity.create(tmp_path / "laptop"), Identity.create(tmp_path / "desktop")
+    account = Identity.create(tmp_path / "account")  # which earns nothing itself
+
+    def paid(number: int, **to: float) -> AnyEntry:
+        peers = {"laptop": laptop.peer_id, "desktop": desktop.peer_id, "anna": ANNA}
+        amounts = {peers[name]: amount for name, amount in to.items()}
+        return CreditEntry(module="model", round=number, opinions={}, incentive={}, paid=amounts)
+
+    def linked(link: Link | End) -> AnyEntry:
+        return LinkEntry(module="model", round=1, link=link)
+
+    links = [make_link(make_offer(account, one.peer_id, 5), one) for one in (laptop, desktop)]
+    path = tmp_path / "shared.sqlite"
+    with Ledger.open(path, RUN, identity) as ledger:
+        ledger.append([*entries(identity.peer_id, 0), paid(0, laptop=3.0, desktop=1.0)], 1_700_000_000)
+        ledger.append([*map(linked, links), paid(1, laptop=2.0, desktop=1.0)], 1_700_000_001)
+        ledger.append([linked(make_end(account, laptop.peer_id, 6)), paid(2, laptop=8.0)], 1_700_000_002)
+    verify_file(path)
+
+    assert potluck("ledger", "show", path) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    table = lines[lines.index(["account", "credit"]) + 1 :]
+    assert table == [
+        [account.peer_id, "7"],
+        [laptop.peer_id, "5", "until", "it", "was", "revoked"],
+        [desktop.peer_id, "2"],
+    ]
+    assert potluck("ledger", "show", path, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    by_account = {one["account"]: one["machines"] for one in shown["accounts"]}
+    assert by_account[laptop.peer_id] == [{"peer": laptop.peer_id, "credit": 8.0, "linked": True}]
+    assert [one["linked"] for one in by_account[account.peer_id]] == [False, True]
+    assert {row["peer"]: row["credit"] for row in shown["peers"]}[laptop.peer_id] == 13.0  # each key by itself
+
+    assert potluck("ledger", "peer", desktop.peer_id, "--ledger", path) == 0
+    assert f"which counts for {account.peer_id}" in capsys.readouterr().out
+    assert potluck("ledger", "explain", desktop.peer_id, "--ledger", path) == 0
+    assert f"account   what it earns counts for {account.peer_id}" in capsys.readouterr().out
+    assert potluck("ledger", "explain", laptop.peer_id, "--ledger", path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["account"] == laptop.peer_id
+    assert potluck("ledger", "export", path, "--csv", tmp_path / "out.csv") == 0
+    rows = [row for row in csv.DictReader((tmp_path / "out.csv").open()) if row["account"]]
+    assert [(row["kind"], row["peer"]) for row in rows] == [
+        ("link", laptop.peer_id),
+        ("link", desktop.peer_id),
+        ("end", laptop.peer_id),
+    ]

@@ -25,10 +25,11 @@ from potluck.dht.care import keep_connected
 from potluck.dht.directory import Directory
 from potluck.dht.node import add_peers, network_size, peers_known, start_dht, stop_dht
 from potluck.dht.protocol import BoundedSerializer, node_id_of
-from potluck.dht.records import RejectedRecord, encode, key_id, key_name
+from potluck.dht.records import Links, RejectedRecord, encode, key_id, key_name
 from potluck.dht.storage import MAX_KEY_BYTES, RecordStorage
 from potluck.dht.validator import RecordValidator, TokenBuckets
 from potluck.errors import ProtocolError
+from potluck.net.links import make_link, make_offer
 
 from dht_world import AHEAD_SECONDS, OTHER_RUN, RUN, Clock, FakeHost, commit, identity, replica
 
@@ -123,6 +124,21 @@ def test_publishing_again_is_safe_and_a_later_record_replaces_an_earlier() -> No
         assert [signed.record.load for signed in view.records] == [2.0]
 
     play(3, scene)
+
+
+def test_what_a_peer_shows_about_its_account_is_read_by_everybody_and_shown_by_nobody_else() -> None:
+    async def scene(world: World) -> None:
+        peer, account = identity(0), identity(7)
+        shown = Links(peer=peer.peer_id, links=[make_link(make_offer(account, peer.peer_id, 5), peer)])
+        assert await world.directories[0].publish(shown, EXPIRES, 2.0)
+        for directory in world.directories:
+            view = await directory.links(peer.peer_id, timeout_seconds=2.0)
+            assert [signed.record for signed in view.records] == [shown] and view.complete
+        with pytest.raises(RejectedRecord, match="speaks for"):
+            await world.directories[1].publish(shown, EXPIRES + 1, 2.0)
+        assert (await world.directories[2].links(account.peer_id, timeout_seconds=2.0)).records == ()
+
+    play(4, scene)
 
 
 def test_a_peer_alone_publishes_and_reads_its_own() -> None:

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck.dht.records import (
+    MAX_LINKS,
     MAX_RECORD_BYTES,
     MAX_WEIGHTS,
+    Links,
     RejectedRecord,
     Weights,
     decode,
@@ -20,6 +22,7 @@ from potluck.dht.records import (
     key_name,
 )
 from potluck.errors import RecordError
+from potluck.net.links import make_end, make_link, make_offer
 
 from dht_world import AHEAD_SECONDS, OTHER_RUN, RUN, commit, identity, replica
 
@@ -83,6 +86,31 @@ def test_full_weights_fit_into_a_record() -> None:
     data = encode(record, identity(0), RUN, EXPIRES)
     assert len(data) <= MAX_RECORD_BYTES
     assert read(data).record == record
+
+
+def links(number: int, signer: int = 0) -> Links:
+    """Of peer `signer`: so many statements."""
+    account = identity(1)
+    one = make_link(make_offer(account, identity(0).peer_id, 253_402_300_799), identity(0))
+    return Links(peer=identity(signer).peer_id, links=[one, make_end(account, identity(0).peer_id, 7), *[one] * number])
+
+
+def test_links_come_back_as_they_were_and_as_many_as_allowed_fit() -> None:
+    record = links(MAX_LINKS - 2)
+    data = encode(record, identity(0), RUN, EXPIRES)
+    assert len(data) <= MAX_RECORD_BYTES
+    assert read(data, key=key_id(key_name(RUN, record.path())), subkey=identity(0).peer_id).record == record
+    with pytest.raises(RejectedRecord, match="malformed"):
+        encode(links(MAX_LINKS - 1), identity(0), RUN, EXPIRES)
+
+
+def test_nobody_shows_links_in_anothers_name_or_place_or_run() -> None:
+    data = encode(links(0, signer=0), identity(2), RUN, EXPIRES)
+    assert reason_of(data) == "wrong_subkey"
+    assert reason_of(data, subkey=identity(0).peer_id) == "wrong_subkey"
+    own = encode(links(0, signer=2), identity(2), RUN, EXPIRES)
+    assert reason_of(own, key=key_id(key_name(RUN, links(0, signer=0).path()))) == "wrong_key"
+    assert reason_of(own, run=OTHER_RUN) == "bad_signature"
 
 
 def test_key_id_is_hiveminds() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,14 +17,20 @@ from potluck.errors import LedgerError
 from potluck.incentives.entries import (
     AnyEntry,
     CreditEntry,
+    LinkEntry,
     RoundEntry,
     ScoreEntry,
     Standing,
     decode,
     encode,
 )
-from potluck.net.identity import peer_id_of
+from potluck.net.identity import Identity, peer_id_of
+from potluck.net.links import make_end, make_link, make_offer
 
+ANNA, LAPTOP = (
+    Identity(Path("/nowhere"), Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)) for number in (1, 2)
+)
+LINK = make_link(make_offer(ANNA, LAPTOP.peer_id, 5), LAPTOP)
 PEERS = [peer_id_of(bytes([n]) * 32) for n in range(4)]
 HASH = "ab" * 32
 
@@ -101,6 +109,12 @@ entries: st.SearchStrategy[AnyEntry] = st.one_of(
         dividends=st.dictionaries(peers, shares),
         paid=st.dictionaries(peers, credits),
     ),
+    st.builds(
+        LinkEntry,
+        module=modules,
+        round=rounds,
+        link=st.sampled_from([LINK, make_end(ANNA, LAPTOP.peer_id, 6)]),
+    ),
 )
 
 
@@ -143,6 +157,19 @@ def test_changed_bytes_are_never_taken_for_the_entry(entry: AnyEntry, data: st.D
     except LedgerError:
         return
     assert encode(changed) == bad != good
+
+
+@pytest.mark.parametrize("name", ["peer", "account", "made_at", "peer_signature", "account_signature"])
+def test_a_link_that_one_side_did_not_sign_is_no_entry(name: str) -> None:
+    """So whoever verifies a ledger has both signatures checked, from the entry alone."""
+    fields = msgspec.msgpack.decode(encode(LinkEntry(module="model", round=3, link=LINK)))
+    others = {"peer": PEERS[1], "account": PEERS[2], "made_at": 7}
+    fields["link"][name] = others.get(name, bytes(64))
+    with pytest.raises(LedgerError, match="has not signed"):
+        decode(msgspec.msgpack.encode(fields))
+    forged = msgspec.structs.replace(LINK, **{name: fields["link"][name]})
+    with pytest.raises(ValueError, match="has not signed"):
+        LinkEntry(module="model", round=3, link=forged)
 
 
 @pytest.mark.parametrize("rest", [b"\0", b"\xc0", b"\x80"])

@@ -40,7 +40,7 @@ def blob(size: int, seed: int = 0) -> bytes:
 async def holder(net: Net, name: str, *contents: bytes, **options: Any) -> tuple[Rpc, BlobStore]:
     rpc = await net.rpc(name)
     store = BlobStore(net.directory / f"{name}.blobs", 1 << 30, **options.pop("store", {}))
-    BlobService(rpc, store, **options)
+    BlobService(rpc, store)
     for content in contents:
         store.put(content)
     return rpc, store
@@ -372,16 +372,17 @@ def test_nobody_has_it_lists_every_reason(short_dir: Path) -> None:
     asyncio.run(main())
 
 
-def test_upload_cap_spends_no_more_than_its_rate(short_dir: Path) -> None:
+@pytest.mark.parametrize("part", [{"start": 7}, {"start": 7, "size": 0}, {"size": 5}, {"start": 7, "size": 13}])
+def test_a_part_of_a_chunk_is_those_bytes(short_dir: Path, part: dict[str, int]) -> None:
     async def main() -> None:
         async with network(short_dir) as net:
-            data = blob(3 * CHUNK_BYTES)
-            a, _ = await holder(net, "a", data, max_upload_bytes_per_second=2.0 * CHUNK_BYTES)
+            data = blob(20)
+            a, _ = await holder(net, "a", data)
             b = await net.rpc("b")
-            started = asyncio.get_running_loop().time()
-            assert await get(b, ChunkList.of([data]).ref, [a]) == data
-            # A burst of one second's worth (two chunks), and half a second for the third.
-            assert asyncio.get_running_loop().time() - started >= 0.45
+            head = {"id": ChunkList.of([data]).blob_id, "index": 0, **part}
+            reply = await b.call(a.peer_id, "blob.get", head, timeout_seconds=10)
+            start = part.get("start", 0)
+            assert bytes(reply.body) == data[start : start + part.get("size", 20)]
 
     asyncio.run(main())
 
@@ -396,6 +397,19 @@ def test_malformed_requests_are_answered_with_an_error(short_dir: Path, head: di
                 with pytest.raises(RpcRemoteError) as error:
                     await b.call(a.peer_id, method, head, timeout_seconds=10)
                 assert error.value.kind in ("ProtocolError", "BlobNotFound")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("part", [{"start": -1}, {"start": 8}, {"size": -1}, {"start": 3, "size": 5}, {"start": "0"}])
+def test_a_part_outside_of_its_chunk_is_refused(short_dir: Path, part: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with network(short_dir) as net:
+            a, store = await holder(net, "a", b"content")
+            b = await net.rpc("b")
+            with pytest.raises(RpcRemoteError) as error:
+                await b.call(a.peer_id, "blob.get", {"id": store.ids()[0], "index": 0, **part}, timeout_seconds=10)
+            assert error.value.kind == "ProtocolError"
 
     asyncio.run(main())
 

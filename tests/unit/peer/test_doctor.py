@@ -21,6 +21,7 @@ from potluck.net.autonat import DialBack
 from potluck.net.blobs import CHUNK_BYTES, BlobId, ChunkList
 from potluck.net.host import PeerId
 from potluck.net.identity import Identity
+from potluck.net.nat import NatKind
 from potluck.net.rpc import Reply
 from potluck.peer import benchmark, checkup, hardware
 from potluck.peer.benchmark import Speed, SpeedCache
@@ -36,7 +37,7 @@ from potluck.peer.doctor import (
     settled,
     step_seconds,
 )
-from potluck.peer.facts import Dialled, Download, HomeFacts, MachineFacts, NetworkFacts, Package, RunFacts
+from potluck.peer.facts import Dialled, Download, HomeFacts, MachineFacts, NetworkFacts, Package, RunFacts, Upload
 from potluck.peer.hardware import Accelerator, Machine
 from potluck.peer.home import Home
 from potluck.peer.probe import Asked, sample
@@ -67,6 +68,8 @@ NETWORK = NetworkFacts(
     dial_backs=(DialBack("reached", "/ip4/198.51.100.1/tcp/4001"),),
     clock_offset=0.01,
     download=Download(4 * CHUNK_BYTES, 2.0, 1),
+    upload=Upload(2 * CHUNK_BYTES, 2.0),
+    nat=NatKind("one"),
 )
 RUN = RunFacts(
     name="test",
@@ -197,6 +200,8 @@ NETWORKS: list[tuple[NetworkFacts, str, str, int, str]] = [
     (replace(NETWORK, clock_offset=30.1), "clock", "fail", 8, "NTP"),
     (replace(NETWORK, directory_problem=REFUSED), "directory", "fail", 6, "again"),
     (replace(NETWORK, download=Download(0, 10.0, 2)), "download", "warn", 0, "line"),
+    (replace(NETWORK, nat=NatKind("many")), "NAT", "warn", 0, "forward a port"),
+    (replace(NETWORK, nat=NatKind("one", nested=True)), "NAT", "warn", 0, "IPv6"),
 ]
 
 
@@ -204,7 +209,15 @@ def test_a_good_line_needs_no_fix() -> None:
     found = network_findings(NETWORK)
     assert {finding.status for finding in found} == {"ok"} and not any(finding.fix for finding in found)
     assert one(found, "download").seen == "2.1 MB/s from one peer"
+    assert one(found, "upload").seen == "1.0 MB/s to one peer" and "one outer address" in one(found, "NAT").seen
     assert "20.0 ms" in one(found, "bootstrap peers").seen
+
+
+def test_what_was_not_measured_says_so_and_a_cap_of_our_own_is_named() -> None:
+    found = network_findings(replace(NETWORK, upload=None, nat=NatKind("unknown", why="nobody told")))
+    assert "not measured" in one(found, "upload").seen and "nobody told" in one(found, "NAT").seen
+    capped = network_findings(replace(NETWORK, upload=Upload(CHUNK_BYTES, 1.0, capped=True), loopback=True))
+    assert "--upload-limit" in one(capped, "upload").seen and not [f for f in capped if f.name == "NAT"]
 
 
 @pytest.mark.parametrize(("facts", "name", "status", "code", "fix"), NETWORKS)

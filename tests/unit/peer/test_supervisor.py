@@ -49,6 +49,25 @@ elif deed == "hangs":
 elif deed == "leaves":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     time.sleep(600)
+elif deed == "falls":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+    time.sleep(600)
+elif deed == "serves":
+    path = os.path.join(home, "s", "RUN"[:8], "control.sock")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.exists(path):
+        os.unlink(path)
+    server, passed = socket.socket(socket.AF_UNIX), 0
+    server.bind(path)
+    server.listen(64)
+    while True:
+        client = server.accept()[0]
+        asked = json.loads(client.makefile().readline())
+        with open(os.path.join(home, "asked"), "a") as file:
+            file.write(json.dumps(asked) + "\\n")
+        passed += 1000
+        client.sendall(json.dumps({"bytes_sent": passed, "bytes_received": 3 * passed}).encode() + b"\\n")
+        client.close()
 elif deed == "memory":
     print("RuntimeError: CUDA out of memory", file=sys.stderr)
     sys.exit(1)
@@ -65,8 +84,8 @@ class Machine(Sensors):
         super().__init__()
         self.battery = False
 
-    def look(self, limits: Any, ours: Any, sent_this_month: int) -> Sensed:
-        return Sensed(datetime.now(), on_battery=self.battery, sent_this_month=sent_this_month)
+    def look(self, limits: Any, ours: Any) -> Sensed:
+        return Sensed(datetime.now(), on_battery=self.battery)
 
 
 @dataclass
@@ -185,7 +204,7 @@ def test_a_pause_and_a_finish_outlast_the_daemon(tmp_path: Path) -> None:
 
 
 def test_who_resumes_while_the_last_round_is_completed_is_started_again(tmp_path: Path, monkeypatch: Any) -> None:
-    async def leaving(path: Path, command: str) -> dict[str, Any]:
+    async def leaving(path: Path, command: str, *_: float) -> dict[str, Any]:
         if command == "leave":
             os.kill(world_of[0].supervisor._workers[0].process.pid, signal.SIGTERM)  # type: ignore[union-attr]
             return {"leaving_after_round": 3}
@@ -207,6 +226,34 @@ def test_who_resumes_while_the_last_round_is_completed_is_started_again(tmp_path
         await world.until(lambda run: run["state"] == "stopped")
 
     play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_last_round_that_is_lost_by_a_crash_is_not_begun_again_unless_somebody_resumed(
+    tmp_path: Path, monkeypatch: Any, again: bool
+) -> None:
+    async def leaving(path: Path, command: str, *_: float) -> dict[str, Any]:
+        if command == "leave":
+            return {"leaving_after_round": 3}
+        raise UserError("not asked here")
+
+    monkeypatch.setattr("potluck.peer.supervisor.ask", leaving)
+
+    async def scene(world: World) -> None:
+        await world.add("falls")
+        pid = (await world.until(lambda run: run["state"] == "working"))["pid"]
+        await world.ask("finish")
+        if again:
+            await world.ask("resume")
+        os.kill(pid, signal.SIGTERM)
+        if again:
+            await world.until(lambda run: run["state"] == "working" and run["pid"] != pid)
+        else:
+            found = await world.until(lambda run: run["state"] == "stopped")
+            assert "resume" in found["reason"] and "lost" in found["reason"]
+            await asyncio.sleep(0.2)
+
+    assert len(play(tmp_path, scene).started()) == 1 + again
 
 
 def test_the_same_run_once_more_changes_nothing_and_other_options_begin_anew(tmp_path: Path) -> None:
@@ -318,7 +365,7 @@ def test_too_little_memory_halves_the_batch_and_is_remembered(tmp_path: Path) ->
 
 def test_a_worker_that_does_not_answer_is_killed_and_started_again(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("potluck.peer.control.TIMEOUT_SECONDS", 0.1)
-    monkeypatch.setattr("potluck.peer.supervisor.ask", lambda path, command: ask(path, command, 0.1))
+    monkeypatch.setattr("potluck.peer.supervisor.ask", lambda path, command, *_: ask(path, command, 0.1))
 
     async def scene(world: World) -> None:
         await world.add("hangs")
@@ -386,13 +433,13 @@ def test_sent_bytes_count_by_the_month(tmp_path: Path) -> None:
         (world.home.path / "limits.toml").write_text("upload_month = 1000000")
         await world.add("works")
         await world.until(lambda run: run["state"] == "working")
-        world.supervisor._traffic.add(1_000_000)
+        world.supervisor._traffic.add(1_000_000, 5)
         await world.until(lambda run: run["state"] == "paused")
         assert (await world.ask("status"))["rule"] == "upload_month"
 
     path = play(tmp_path, scene).home.path / "traffic.json"
     kept = json.loads(path.read_text())
-    assert kept["sent"] == 1_000_000
+    assert kept["sent"] == 1_000_000 and kept["received"] == 5
     path.write_text(json.dumps({**kept, "month": "2020-01"}))
 
     async def next_month(world: World) -> None:
@@ -401,13 +448,121 @@ def test_sent_bytes_count_by_the_month(tmp_path: Path) -> None:
     play(tmp_path, next_month)
 
 
+def told(home: Home) -> list[dict[str, Any]]:
+    """What a worker that serves was told of its limits."""
+    lines = (home.path / "asked").read_text().splitlines()
+    return [one["arguments"] for one in map(json.loads, lines) if one["command"] == "limit"]
+
+
+def option(line: str, name: str) -> str:
+    words = line.split()
+    return words[words.index(name) + 1]
+
+
+def test_runs_share_the_machines_limits_and_hear_when_their_share_changes(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        text = f"upload = 100000\ndisk_quota = 9000000\nvram = 4000000000\n[runs.{RUN[:3]}]\ndownload = 30000"
+        (world.home.path / "limits.toml").write_text(text)
+        while not world.supervisor._limits.upload:
+            await asyncio.sleep(0.02)
+        await world.add("serves")
+        await world.until(lambda run: run["state"] == "working")
+        await world.add("lingers")
+        while not (world.home.path / "asked").exists() or {
+            "upload": 50_000,
+            "download": 30_000,
+            "disk_quota": 4_500_000,
+        } not in told(world.home):
+            await asyncio.sleep(0.02)
+        while len(world.started()) < 2:
+            await asyncio.sleep(0.02)
+
+    lines = play(tmp_path, scene, ask_seconds=0.1).started()
+    assert option(lines[0], "--upload-limit") == "100000" and option(lines[1], "--upload-limit") == "50000"
+    assert option(lines[1], "--disk-quota") == "4500000" and option(lines[1], "--vram-limit") == "2000000000"
+
+
+def test_a_changed_cap_reaches_a_worker_that_goes_on(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("serves")
+        pid = (await world.until(lambda run: run["state"] == "working"))["pid"]
+        (world.home.path / "limits.toml").write_text("upload = 70000\ndownload = 80000")
+        while not (world.home.path / "asked").exists() or not told(world.home):
+            await asyncio.sleep(0.02)
+        assert told(world.home)[-1] == {"upload": 70_000, "download": 80_000, "disk_quota": 10**10}
+        assert (await world.run())["pid"] == pid
+
+    play(tmp_path, scene)
+
+
+def test_a_run_that_the_limits_are_not_enough_for_waits_until_they_are(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (world.home.path / "limits.toml").write_text("upload = 15000")
+        while not world.supervisor._limits.upload:
+            await asyncio.sleep(0.02)
+        await world.add("works")
+        await world.until(lambda run: run["state"] == "working")
+        await world.add("lingers")
+        while (second := (await world.ask("status"))["runs"][1])["state"] != "waiting":
+            await asyncio.sleep(0.02)
+        assert "upload" in second["reason"] and len(world.started()) == 1
+        (world.home.path / "limits.toml").write_text("upload = 20000")
+        while (await world.ask("status"))["runs"][1]["state"] != "working":
+            await asyncio.sleep(0.02)
+        (world.home.path / "limits.toml").write_text("upload = 16000")
+        while (second := (await world.ask("status"))["runs"][1])["state"] != "waiting":
+            await asyncio.sleep(0.02)
+        assert second["pid"] is None and (await world.run())["state"] == "working"
+
+    play(tmp_path, scene)
+
+
+def test_what_a_worker_received_counts_by_the_month_its_last_seconds_too(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("serves")
+        while not (await world.ask("status"))["received_this_month"]:
+            await asyncio.sleep(0.02)
+        before = (await world.ask("status"))["received_this_month"]
+        await world.ask("pause")
+        assert (await world.ask("status"))["received_this_month"] == before + 3000
+        (world.home.path / "limits.toml").write_text("download_month = 1000000")
+        world.supervisor._traffic.add(0, 1_000_000)
+        await world.ask("resume")
+        await world.until(lambda run: run["state"] == "paused")
+        assert (await world.ask("status"))["rule"] == "download_month"
+
+    play(tmp_path, scene)
+
+
+def test_a_worker_that_holds_too_much_memory_begins_again_smaller_and_gives_up_in_the_end(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("potluck.peer.supervisor.held_bytes", lambda pids: 2 * 10**8)
+    monkeypatch.setattr("potluck.peer.supervisor.MAX_OVER_MEMORY", 1)
+
+    async def scene(world: World) -> None:
+        (world.home.path / "limits.toml").write_text("memory = 100000000")
+        await world.add("works")
+        found = await world.until(lambda run: run["state"] == "waiting")
+        assert "`memory`" in found["reason"] and "micro-batch" in found["reason"] and found["halvings"] == 1
+        found = await world.until(lambda run: run["state"] == "stopped")
+        assert "raise it" in found["reason"]
+        (world.home.path / "limits.toml").write_text("memory = 300000000")
+        await world.ask("resume")
+        await world.until(lambda run: run["state"] == "working" and run["contributed_rounds"] > 0)
+
+    world = play(tmp_path, scene)
+    assert option(world.started()[-1], "--of-daemon") == "2"
+    assert len(world.named("daemon.worker.over_memory")) == 2
+
+
 def test_sensors_of_this_machine_see_our_load_as_ours() -> None:
     sensors = Sensors()
     from potluck.peer.limits import Limits
 
-    first = sensors.look(Limits(), {os.getpid()}, 7)
-    assert first.load is None and first.sent_this_month == 7
+    first = sensors.look(Limits(), {os.getpid()})
+    assert first.load is None
     sum(n * n for n in range(3_000_000))
-    second = sensors.look(Limits(programs=["no such program"], idle_minutes=5), {os.getpid()}, 7)
+    second = sensors.look(Limits(programs=["no such program"], idle_minutes=5), {os.getpid()})
     assert second.load is not None and 0 <= second.load <= 1 and second.programs == ()
     assert second.temperature is None or 0 < second.temperature < 150

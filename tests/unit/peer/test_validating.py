@@ -11,19 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from by_hand import applied
 
 from potluck.dht.manifest import SignedManifest, sign
+from potluck.dht.records import Links, Signed
 from potluck.dht.template import preset_draft
 from potluck.errors import LedgerError
+from potluck.incentives.accounts import Accounts
 from potluck.incentives.audit import Audit
-from potluck.incentives.entries import RoundEntry
+from potluck.incentives.entries import LinkEntry, RoundEntry
 from potluck.incentives.ledger import Ledger
 from potluck.net.blobs import BlobStore
 from potluck.net.host import PeerId
-from potluck.net.identity import peer_id_of
+from potluck.net.identity import Identity, peer_id_of
+from potluck.net.links import make_link, make_offer
 from potluck.peer.build import outer_of, rules_of, state_of
 from potluck.peer.home import Home, RunFolder
 from potluck.peer.validating import Bench, Whole, audit_rounds
@@ -45,7 +49,11 @@ SMALL = {
     "training.batch_size": 2,
     "rounds.seconds": 3600.0,
 }
-PEERS = [PeerId(peer_id_of(bytes([n]) * 32)) for n in range(3)]
+LAPTOP, ACCOUNT = (
+    Identity(Path("/nowhere"), Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)) for number in (1, 2)
+)
+LINK = make_link(make_offer(ACCOUNT, LAPTOP.peer_id, 5), LAPTOP)
+PEERS = [LAPTOP.peer_id, *(PeerId(peer_id_of(bytes([n]) * 32)) for n in range(2))]
 
 
 class World:
@@ -82,6 +90,10 @@ class World:
         async def nothing(*arguments: Any, **named: Any) -> bool:
             return True
 
+        async def links(peer: PeerId, timeout_seconds: float) -> Any:
+            shown = [Signed(Links(peer=peer, links=[LINK]), peer, time.time() + 60)] if peer == LAPTOP.peer_id else []
+            return SimpleNamespace(records=tuple(shown))
+
         exchange = SimpleNamespace(weights=weights, publish_weights=nothing, close=lambda: None)
         rpc = SimpleNamespace(register=lambda *arguments, **named: None)
         clock, emit = SimpleNamespace(now=time.time), lambda name, **fields: self.said.append({"event": name, **fields})
@@ -93,6 +105,7 @@ class World:
             node=SimpleNamespace(
                 rpc=rpc, store=self.store, identity=self.identity, settings=SimpleNamespace(upload=None)
             ),
+            directory=SimpleNamespace(links=links),
             clock=clock,
             emit=emit,
             exchange=lambda: exchange,
@@ -147,6 +160,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         await applied("stage.1")
         for _ in range(3):
             await asyncio.gather(*map(applied, ("stage.0", "stage.1")))
+            await bench._links.look(1.0)
         await asyncio.gather(*bench._announcing)
         bench._compute.shutdown()
         bench.ledger.close()
@@ -160,6 +174,14 @@ def test_every_round_of_a_pipeline_scores_the_same_when_it_is_done_again(world: 
     assert [(one.module, one.round) for one in found] == [(m, n) for n in (1, 2, 3) for m in ("stage.0", "stage.1")]
     assert [one.differences for one in found] == [[]] * 6
     assert all(one.peers == 3 for one in found)
+
+
+def test_whose_account_a_peer_counts_for_is_written_once_among_rounds_that_are_audited(world: World) -> None:
+    with Ledger.read(world.folder.ledger) as ledger:
+        (entry,) = (entry for entry in ledger.entries() if isinstance(entry, LinkEntry))
+        accounts = Accounts.of(ledger.entries())
+    assert entry.link == LINK and entry.round == 2
+    assert accounts.account_of(LAPTOP.peer_id) == ACCOUNT.peer_id
 
 
 def test_what_a_stage_was_scored_beside_is_in_the_archive_and_counts(world: World, tmp_path: Path) -> None:

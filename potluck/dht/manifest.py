@@ -242,8 +242,11 @@ class AggregationPart(_Part):
     """How a group's contributions become one update."""
 
     rule: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = Field(
-        default="mean", description="mean, weighted by tokens and by the ledger"
+        default="mean",
+        description="mean, weighted by tokens and by the ledger; without validators also trimmed_mean, median, "
+        "geometric_median, centered_clip, nearest",
     )
+    liars: float = Field(default=0.25, ge=0, lt=0.5, description="the share of a group that such a rule stands")
     clip: bool = Field(default=True, description="clip each contribution to the group's median norm, per tensor")
 
 
@@ -358,7 +361,7 @@ class Manifest(ManifestDraft):
         self,
         *,
         codecs: Collection[str],
-        rules: Collection[str] = ("mean",),
+        rules: Collection[str] | None = None,
         families: Collection[str] | None = None,
     ) -> None:
         """Refuse names that this program's registries lack. Raises ManifestError."""
@@ -370,6 +373,11 @@ class Manifest(ManifestDraft):
         for field, name, known in wanted:
             if known is not None and name not in known:
                 raise ManifestError(f"{field} is {name!r}, this program knows {', '.join(sorted(known))}")
+        if self.incentives.validators and self.aggregation.rule != "mean":
+            raise ManifestError(
+                f"aggregation.rule is {self.aggregation.rule!r}: with incentives.validators it must be mean, as credit "
+                "is for what each contribution moved, and validators' weights are what keeps liars out"
+            )
 
     def to_json(self) -> bytes:
         return self.model_dump_json().encode()

@@ -143,6 +143,8 @@ def rules_of(manifest: Manifest) -> RoundRules:
         fragments=rounds.fragments,
         sync_limit=rounds.sync_limit,
         clip=manifest.aggregation.clip,
+        rule=manifest.aggregation.rule,
+        liars=manifest.aggregation.liars,
     )
 
 

@@ -42,6 +42,7 @@ from potluck.peer.home import Home, RunFolder
 from potluck.peer.node import Node
 from potluck.peer.pipeline import READ_SECONDS, choose_stage
 from potluck.peer.settings import PeerSettings
+from potluck.swarm.aggregate import RULE_NAMES
 from potluck.swarm.codecs import CODEC_NAMES
 from potluck.swarm.stage import stage_names
 
@@ -195,7 +196,7 @@ async def _ask_connected(
     try:
         signed = folder.manifest() or await node.fetch_manifest(invite)
         manifest = signed.manifest
-        manifest.check_known(codecs=CODEC_NAMES)
+        manifest.check_known(codecs=CODEC_NAMES, rules=RULE_NAMES)
     except PotluckError as error:
         return Asked(replace(facts, manifest_problem=error))
     facts = replace(facts, clock_offset=await node.clock.measure(node.rpc, peers))

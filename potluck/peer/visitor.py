@@ -28,6 +28,7 @@ from potluck.peer.home import Home, RunFolder
 from potluck.peer.node import NetworkSettings, Node
 from potluck.peer.pipeline import read_stages, wire
 from potluck.peer.seat import Around
+from potluck.swarm.aggregate import RULE_NAMES
 from potluck.swarm.codecs import CODEC_NAMES
 from potluck.swarm.follower import Follower
 from potluck.swarm.layout import Layout
@@ -165,7 +166,7 @@ async def observe(
             raise NetworkError(f"no peer of the run can be reached ({why or 'no address is known'})")
         signed = signed or await node.fetch_manifest(Invite(run_id, tuple(addresses)))
         manifest = signed.manifest
-        manifest.check_known(codecs=CODEC_NAMES)
+        manifest.check_known(codecs=CODEC_NAMES, rules=RULE_NAMES)
         measured = await clock.measure(node.rpc, await node.connected())
         if measured is not None:
             clock.correct(measured)

@@ -44,6 +44,7 @@ from potluck.peer.seat import Around, Seat
 from potluck.peer.settings import PeerSettings
 from potluck.peer.telemetry import Telemetry, Vitals
 from potluck.peer.validating import Bench, Whole
+from potluck.swarm.aggregate import RULE_NAMES
 from potluck.swarm.codecs import CODEC_NAMES
 from potluck.swarm.data import Corpus, load_corpus
 from potluck.swarm.phases import Round
@@ -84,7 +85,7 @@ class Peer:
         """Sign the manifest (or find the run that this home already started from it) and take part in it."""
         draft = load_toml(manifest_file)
         unsigned = draft.finish(self.identity.peer_id, created=0.0, genesis=0.0)
-        unsigned.check_known(codecs=CODEC_NAMES)
+        unsigned.check_known(codecs=CODEC_NAMES, rules=RULE_NAMES)
         choose_device(self.settings.device)
         if folder := self._hosted(unsigned):
             return await self._take_part(folder, folder.manifest(), None)
@@ -209,7 +210,7 @@ class Run:
             with self._phase("manifest", "the run's manifest from a connected peer", 10, "the peer gives up"):
                 self._signed = await self.node.fetch_manifest(self._invite)
             self.folder.save_manifest(self._signed)
-        self.manifest.check_known(codecs=CODEC_NAMES)
+        self.manifest.check_known(codecs=CODEC_NAMES, rules=RULE_NAMES)
         self.node.publish_manifest(self._signed)
         with self._phase("clock", "the clocks of connected peers", 6, "this machine's clock is taken as it is"):
             await self._check_clock()

@@ -5,6 +5,7 @@ elementwise float32 operations and the exact reductions of `exact.py` are used.
 Clipping: each tensor of each contribution is scaled by min(1, median norm / norm), with the lower median of the group
 (Gauntlet / SparseLoCo; `rounds.md` step 5). Where validators weigh the members it is the median by those weights: a
 crowd of newcomers has little say about the others' lengths. Tokens alone give nobody a larger vote.
+Rules for groups of which some members lie, instead of the mean: `robust.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ import numpy as np
 from potluck.net.host import PeerId
 from potluck.swarm.exact import norm
 from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.robust import RULES, Rows, Slab
 
+#: What a manifest's `aggregation.rule` may be.
+RULE_NAMES = ("mean", *RULES)
 #: Declared tokens are believed only up to this multiple of the group's median (`rounds.md` step 5).
 MAX_TOKENS_OF_MEDIAN = 2.0
 
@@ -81,15 +85,20 @@ def aggregate(
     *,
     clip: bool = True,
     steered: bool = False,
+    rule: str = "mean",
+    liars: float = 0.0,
 ) -> Flat:
-    """The weighted mean of the contributions, per-tensor norm-clipped, shape (layout.size,). `steered`: weights are
-    validators'.
+    """The contributions, per-tensor norm-clipped, by a rule of `RULE_NAMES`: one update, shape (layout.size,).
+    `steered`: weights are validators'. `liars`: the share of members that a robust rule stands.
 
     The mean divides by all contributions' weights, not by how many kept a coordinate: a zero is a statement too.
     """
     update = layout.zeros()
     order = sorted(peer for peer in contributions if weights.get(peer, 0.0) > 0.0)
     medians = median_norms(contributions, weights, layout, steered) if clip else None
+    if rule != "mean" and order:
+        rows = [clipped(contributions[peer], medians, layout) for peer in order]
+        return RULES[rule](_slab_of(rows), layout.size, [weights[peer] for peer in order], liars)
     for peer in order:
         factors = _factors(contributions[peer], medians, layout)
         scale = np.float32(weights[peer])
@@ -110,6 +119,22 @@ def clipped(contribution: Contribution, medians: Sequence[float] | None, layout:
     sizes = [values.size for _, values, _ in _by_tensor(contribution, layout)]
     values = contribution.values * np.repeat(factors, sizes)
     return Sparse(contribution.indices, values) if isinstance(contribution, Sparse) else Dense(values)
+
+
+def _slab_of(contributions: Sequence[Contribution]) -> Slab:
+    """A part of all contributions as rows: a sparse one is never made dense as a whole."""
+
+    def slab(part: slice) -> Rows:
+        rows = np.zeros((len(contributions), part.stop - part.start), dtype=np.float32)
+        for row, one in zip(rows, contributions, strict=True):
+            if isinstance(one, Dense):
+                row[:] = one.values[part]
+            else:
+                begin, end = np.searchsorted(one.indices, (part.start, part.stop))
+                row[one.indices[begin:end] - part.start] = one.values[begin:end]
+        return rows
+
+    return slab
 
 
 def median_norms(

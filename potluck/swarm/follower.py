@@ -55,6 +55,8 @@ class RoundRules:
     fragments: int
     sync_limit: float
     clip: bool
+    rule: str = "mean"
+    liars: float = 0.0
 
 
 class Steer(Protocol):
@@ -226,7 +228,16 @@ class Follower:
         def step() -> tuple[ReplicaState, float, float]:
             base, distance = self._blend_fragments(own, view, round_)
             contributions = {p: view.contributions[p] for p in present}
-            update = aggregate(contributions, weights, self.layout, clip=self.rules.clip, steered=bool(steered))
+            rules = self.rules
+            update = aggregate(
+                contributions,
+                weights,
+                self.layout,
+                clip=rules.clip,
+                steered=bool(steered),
+                rule=rules.rule,
+                liars=rules.liars,
+            )
             theta, velocity = self.outer.apply(base, own.velocity, update, round_)
             after = ReplicaState(
                 self.module, self.layout, Round(round_ + 1), theta, velocity, own.history + len(present)

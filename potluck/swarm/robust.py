@@ -1,0 +1,155 @@
+"""Robust rules: one update from a group of which some members lie. Pure, and the same bits on every machine.
+
+Each works on slabs of the flat vector, with a row for every contribution in peer-id order, so that no sparse
+contribution is ever made dense as a whole. What decides (which rows are near, how much is clipped) follows from
+distances that are sums in a fixed order (`exact.py`); what is decided is applied by elementwise float32 operations.
+
+- `trimmed_mean`: of each coordinate without its b largest and b smallest values (Yin et al., arXiv 1803.01498).
+- `median`: of each coordinate (same).
+- `geometric_median`: smoothed Weiszfeld (RFA; Pillutla et al., arXiv 1912.13445).
+- `centered_clip`: v + mean of (x - v), each clipped to the median distance, from the coordinate-wise median on
+  (Karimireddy et al., arXiv 2012.10333).
+- `nearest`: the mean of the n - b contributions nearest to a centre (MoNNA; Farhadkhani et al., arXiv 2210.10339).
+  MoNNA's centre is each peer's own; peers must come to the same update here, so it is the contribution whose n - b
+  nearest are nearest (Krum's choice; Blanchard et al., NeurIPS 2017).
+
+b is the share of liars that a rule stands, of n contributions, rounded down. Weights count where a mean is taken; a
+median counts heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from potluck.swarm.exact import tree_sum
+from potluck.swarm.layout import Flat
+
+#: Rows of a slab for 16 contributions take 16 MiB.
+SLAB_VALUES: Final = 1 << 18
+#: Weiszfeld's and centered clipping's steps: after so few the update hardly moves any more.
+STEPS: Final = 4
+#: Of Weiszfeld: a distance counts as this part of the median one at least.
+SMOOTHING: Final = 1e-3
+
+#: (contributions, slab), float32.
+Rows = npt.NDArray[np.float32]
+#: Gives the rows of one slab of the flat vector.
+Slab = Callable[[slice], Rows]
+Rule = Callable[[Slab, int, Sequence[float], float], Flat]
+
+
+def slabs(size: int) -> Iterator[slice]:
+    for start in range(0, size, SLAB_VALUES):
+        yield slice(start, min(size, start + SLAB_VALUES))
+
+
+def mean_of(rows: Rows, weights: Sequence[float]) -> Flat:
+    """Weighted; the weights are made to sum to 1. Row after row, which gives the same bits everywhere."""
+    total = math.fsum(weights)
+    update = np.zeros(rows.shape[1], dtype=np.float32)
+    for row, weight in zip(rows, weights, strict=True):
+        if weight > 0:
+            update += row * np.float32(weight / total)
+    return update
+
+
+def trimmed_mean(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Flat:
+    """Counts heads: who is trimmed differs from coordinate to coordinate."""
+    n, update = len(weights), np.empty(size, dtype=np.float32)
+    b = min(int(liars * n), (n - 1) // 2)
+    for part in slabs(size):
+        rows = np.sort(slab(part), axis=0)[b : n - b]
+        update[part] = mean_of(rows, [1.0] * len(rows))
+    return update
+
+
+def median(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Flat:
+    """Of an even number the mean of both middle ones."""
+    n, update = len(weights), np.empty(size, dtype=np.float32)
+    for part in slabs(size):
+        middle = np.sort(slab(part), axis=0)[(n - 1) // 2 : n // 2 + 1]
+        update[part] = mean_of(middle, [1.0] * len(middle))
+    return update
+
+
+def geometric_median(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Flat:
+    """The point with the least weighted sum of distances; from the coordinate-wise median on."""
+    update = median(slab, size, weights, liars)
+    for _ in range(STEPS):
+        away = distances(slab, size, len(weights), update)
+        least = SMOOTHING * _lower_median(away)
+        if least == 0.0:  # most are where we are
+            return update
+        factors = [weight / max(distance, least) for weight, distance in zip(weights, away, strict=True)]
+        for part in slabs(size):
+            update[part] = mean_of(slab(part), factors)
+    return update
+
+
+def centered_clip(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Flat:
+    update, total = median(slab, size, weights, liars), math.fsum(weights)
+    for _ in range(STEPS):
+        away = distances(slab, size, len(weights), update)
+        most = _lower_median(away)
+        factors = [
+            weight / total * (most / distance if distance > most else 1.0)
+            for weight, distance in zip(weights, away, strict=True)
+        ]
+        for part in slabs(size):
+            centre = update[part].copy()
+            for row, factor in zip(slab(part), factors, strict=True):
+                update[part] += (row - centre) * np.float32(factor)
+    return update
+
+
+def nearest(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Flat:
+    n = len(weights)
+    kept = n - min(int(liars * n), (n - 1) // 2)
+    away = np.zeros((n, n))
+    for part in slabs(size):
+        rows = slab(part)
+        for one in range(n):
+            for other in range(one):
+                away[one, other] += _squares(rows[one] - rows[other])
+    away += away.T
+    order = np.argsort(away, axis=1, kind="stable")[:, :kept]
+    spread = [math.fsum(away[one, order[one]]) for one in range(n)]
+    near = set(order[min(range(n), key=lambda one: (spread[one], one))].tolist())
+    chosen = [weight if one in near else 0.0 for one, weight in enumerate(weights)]
+    update = np.empty(size, dtype=np.float32)
+    for part in slabs(size):
+        update[part] = mean_of(slab(part), chosen)
+    return update
+
+
+RULES: Final[Mapping[str, Rule]] = {
+    "trimmed_mean": trimmed_mean,
+    "median": median,
+    "geometric_median": geometric_median,
+    "centered_clip": centered_clip,
+    "nearest": nearest,
+}
+
+
+def distances(slab: Slab, size: int, n: int, point: Flat) -> list[float]:
+    """Euclidean, of each contribution from a point."""
+    squares = [0.0] * n
+    for part in slabs(size):
+        for number, row in enumerate(slab(part)):
+            squares[number] += _squares(row - point[part])
+    return [math.sqrt(one) for one in squares]
+
+
+def _squares(values: Flat) -> float:
+    wide = values.astype(np.float64)
+    np.multiply(wide, wide, out=wide)
+    return tree_sum(wide)
+
+
+def _lower_median(values: Sequence[float]) -> float:
+    return sorted(values)[(len(values) - 1) // 2]

@@ -1,0 +1,97 @@
+"""Robust rules: the same bits in any order, near the honest ones whatever a few others say."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from potluck.net.host import PeerId
+from potluck.swarm import robust
+from potluck.swarm.aggregate import RULE_NAMES, Contribution, Dense, Sparse, aggregate
+from potluck.swarm.layout import Layout
+
+LAYOUT = Layout.of([("a", (40,)), ("b", (3, 7))])
+ROBUST = [name for name in RULE_NAMES if name != "mean"]
+
+
+def peer(number: int) -> PeerId:
+    return PeerId(f"peer-{number:02}")
+
+
+def group(seed: int, peers: int, sparsely: bool = False) -> dict[PeerId, Contribution]:
+    dice = np.random.default_rng(seed)
+    found: dict[PeerId, Contribution] = {}
+    for number in range(peers):
+        values = (1.0 + 0.1 * dice.standard_normal(LAYOUT.size)).astype(np.float32)
+        where = np.sort(dice.choice(LAYOUT.size, 20, replace=False))
+        found[peer(number)] = Sparse(where, values[where]) if sparsely else Dense(values)
+    return found
+
+
+def even(peers: int) -> dict[PeerId, float]:
+    return {peer(number): 1 / peers for number in range(peers)}
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@given(seed=st.integers(0, 1000), peers=st.integers(1, 9), sparsely=st.booleans())
+def test_the_order_of_arrival_changes_no_bit(rule: str, seed: int, peers: int, sparsely: bool) -> None:
+    contributions = group(seed, peers, sparsely)
+    shuffled = list(contributions.items())
+    random.Random(seed).shuffle(shuffled)
+    one = aggregate(contributions, even(peers), LAYOUT, rule=rule, liars=0.3)
+    other = aggregate(dict(shuffled), even(peers), LAYOUT, rule=rule, liars=0.3)
+    assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_slabs_change_nothing_but_the_last_bits(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    contributions = group(1, 7, sparsely=True)
+    whole = aggregate(contributions, even(7), LAYOUT, rule=rule, liars=0.3)
+    monkeypatch.setattr(robust, "SLAB_VALUES", 7)
+    np.testing.assert_allclose(aggregate(contributions, even(7), LAYOUT, rule=rule, liars=0.3), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ROBUST)
+@given(seed=st.integers(0, 1000), lie=st.sampled_from([-1000.0, -1.0, 0.0, 30.0, 1e4]), clip=st.booleans())
+def test_three_liars_of_ten_move_the_update_no_farther_than_the_honest_ones_differ(
+    rule: str, seed: int, lie: float, clip: bool
+) -> None:
+    contributions = group(seed, 10)
+    honest = np.stack([one.values for one in contributions.values()][3:])
+    for number in range(3):
+        contributions[peer(number)] = Dense(np.full(LAYOUT.size, lie, dtype=np.float32))
+    update = aggregate(contributions, even(10), LAYOUT, rule=rule, liars=0.3, clip=clip)
+    mean = honest.mean(axis=0)
+    differ = float(np.linalg.norm(honest - mean, axis=1).max())
+    assert float(np.linalg.norm(update - mean)) <= 2.0 * differ
+
+
+@pytest.mark.parametrize("rule", ROBUST)
+def test_without_liars_it_is_about_the_mean(rule: str) -> None:
+    contributions = group(3, 10)
+    mean = aggregate(contributions, even(10), LAYOUT)
+    update = aggregate(contributions, even(10), LAYOUT, rule=rule, liars=0.3)
+    assert float(np.linalg.norm(update - mean) / np.linalg.norm(mean)) < 0.1
+
+
+@given(seed=st.integers(0, 1000), peers=st.integers(1, 8))
+def test_median_and_trimmed_mean_are_numpys(seed: int, peers: int) -> None:
+    contributions = group(seed, peers)
+    rows = np.stack([one.values for one in contributions.values()])
+    median = aggregate(contributions, even(peers), LAYOUT, rule="median", clip=False)
+    np.testing.assert_allclose(median, np.median(rows, axis=0), rtol=1e-6)
+    trimmed = aggregate(contributions, even(peers), LAYOUT, rule="trimmed_mean", liars=0.3, clip=False)
+    b = int(0.3 * peers)
+    np.testing.assert_allclose(trimmed, np.sort(rows, axis=0)[b : peers - b].mean(axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_of_nobody_and_of_one_the_update_is_nothing_and_its_own(rule: str) -> None:
+    assert not aggregate({}, {}, LAYOUT, rule=rule, liars=0.3).any()
+    alone = group(1, 1)
+    update = aggregate(alone, even(1), LAYOUT, rule=rule, liars=0.3)
+    np.testing.assert_allclose(update, next(iter(alone.values())).values, rtol=1e-6)

@@ -7,7 +7,8 @@
     │   │       └── WrongPassphrase            the backup is whole, and this passphrase does not open it
     │   ├── ManifestError                 4    manifest or invite corrupt, foreign, unknown, out of bounds
     │   ├── HardwareError                 5    a device or an amount of memory or disk that is not there
-    │   └── DiskFull                     11    no space left: a daemon tries again by itself
+    │   ├── DiskFull                     11    no space left: a daemon tries again by itself
+    │   └── CapTooLow                     2    an upload cap under which a run's contributions cannot be had in time
     ├── NetworkError                      6    nobody reachable, bootstrap failed, port in use
     │   ├── DaemonError                   6    the libp2p daemon did not start, or died
     │   ├── RpcError                      6    a call to one peer failed
@@ -61,6 +62,10 @@ class HardwareError(UserError):
 
 class DiskFull(UserError):
     exit_code = 11
+
+
+class CapTooLow(UserError):
+    pass
 
 
 class NetworkError(PotluckError):

@@ -71,11 +71,12 @@ async def _page(supervisor: Supervisor, port: int) -> AsyncIterator[str]:
     """Its URL. In the daemon's own process: nothing of it needs torch or the network."""
     from potluck.peer.web.app import create_app
     from potluck.peer.web.machine import DaemonMachine
-    from potluck.peer.web.serve import serve
+    from potluck.peer.web.serve import room_for_viewers, serve
     from potluck.peer.web.token import token_of
 
     home = supervisor.home
-    app = create_app(home.runs, machine=DaemonMachine(supervisor), token=token_of(home.path), max_viewers=100)
+    viewers = min(100, room_for_viewers())
+    app = create_app(home.runs, machine=DaemonMachine(supervisor), token=token_of(home.path), max_viewers=viewers)
     async with serve(app, "127.0.0.1", port, any_port=True) as url:
         yield url
 

@@ -25,6 +25,11 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.2f} MB"
 
 
+def printable(text: str) -> str:
+    """A name that somebody chose, for a terminal: without controls and marks of direction."""
+    return "".join(c for c in text if c.isprintable() or c == "\u200d")
+
+
 def spark_line(values: list[float]) -> str:
     """A one-line plot of the last values."""
     if not values:
@@ -77,6 +82,7 @@ def event_line(event: Event) -> str | None:
                 "nothing": "nothing was trained in it",
                 "not_stored": "the commit was not stored in time",
                 "disk_full": "the disk has no room for its contribution",
+                "cap_too_low": "nobody could fetch its contribution in time under the upload cap",
                 "committed_before": "an earlier process of this peer committed to it already",
                 "diverged": "the local steps gave values that are not finite (is training.learning_rate too high?)",
             }
@@ -121,6 +127,8 @@ def event_line(event: Event) -> str | None:
             return f"this machine's clock is {abs(event['seconds']):.1f} s off its peers: corrected for this run"
         case "peer.checkpoint.loaded":
             return f"resuming from the checkpoint of round {event['round']}"
+        case "peer.cap.too_low" | "peer.disk.full":
+            return str(event["error"])
         case "peer.checkpoint.failed":
             return f"WARNING: {event['error']}"
         case "swarm.residual.dropped":

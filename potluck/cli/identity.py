@@ -293,6 +293,8 @@ def _check_shown(yes: bool) -> None:
 
 def _check_free(file: Path, key: Path, force: bool) -> None:
     """Asked before the passphrase is; `write_backup` makes sure."""
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"{file.absolute().parent} is no folder: choose another place")
     there = os.path.exists(file)  # and not Path.exists, which raises where we may not look: writing will say so
     if there and file.samefile(key):
         raise UserError(f"{file} is the key itself: choose another name")

@@ -14,6 +14,7 @@ from potluck.dht.invite import Invite
 
 #: What is said to people besides where the page is.
 TOLD = {
+    "monitor.away": "the page shows what was heard before",
     "net.daemon.died": "the libp2p daemon died; it is being started again",
     "net.daemon.restarted": "the libp2p daemon runs again",
     "peer.history.unwritten": "what is heard cannot be kept (is the disk full?)",
@@ -24,7 +25,12 @@ TOLD = {
 def monitor(
     invite: Annotated[str, typer.Argument(help="potluck:<run id>?peer=<address>&...")],
     listen: Annotated[
-        str, typer.Option("--listen", help="Address of the page; 0.0.0.0 shows it to everybody who reaches this one.")
+        str,
+        typer.Option(
+            "--listen",
+            help="Address of the page; 0.0.0.0 shows it to everybody who reaches this machine, at its IP address; "
+            "where a name stands for that, `--allow-host` must give it.",
+        ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Its port; 0 takes any free one.")] = 7780,
     allow_host: Annotated[
@@ -53,8 +59,8 @@ def monitor(
     from potluck.peer.monitor import monitor_folder
     from potluck.peer.node import NetworkSettings
     from potluck.peer.visitor import Visitor
-    from potluck.peer.web.app import create_app
-    from potluck.peer.web.serve import serve
+    from potluck.peer.web.app import MAX_VIEWERS, create_app
+    from potluck.peer.web.serve import room_for_viewers, serve
 
     folder = monitor_folder(home or default_home(), parsed)
     network = NetworkSettings(
@@ -77,12 +83,13 @@ def monitor(
         assert me is not None
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, me.cancel)
-        app = create_app(lambda: [folder], hosts=allow_host or (), invites={folder.run_id: invite})
+        viewers = min(MAX_VIEWERS, room_for_viewers())
+        app = create_app(lambda: [folder], hosts=allow_host or (), invites={folder.run_id: invite}, max_viewers=viewers)
         try:
             async with serve(app, listen, port) as url:
                 log.emit("monitor.listening", url=url)
                 if not as_json:
-                    print(f"page: {url}", flush=True)
+                    print(f"page: {url}{_elsewhere(url, listen, allow_host or [])}", flush=True)
                 await watch(folder, parsed, network, log.emit, joined)
         except asyncio.CancelledError:
             pass  # asked to end
@@ -93,3 +100,13 @@ def monitor(
         uvloop.run(go())
     finally:
         log.close()
+
+
+def _elsewhere(url: str, listen: str, names: list[str]) -> str:
+    """Where else the page is than at `url`."""
+    port = url.rpartition(":")[2]
+    everywhere = f", and port {port} of every address of this machine" if listen in ("0.0.0.0", "::") else ""
+    by_name = f", or by the name {' or '.join(names)}" if names else ""
+    if everywhere and not names:
+        by_name = "; by a name only with `--allow-host` and that name"
+    return everywhere + by_name

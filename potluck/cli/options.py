@@ -73,6 +73,7 @@ LoopbackOption = Annotated[
     bool, typer.Option("--loopback", help="Listen on this machine only (for trying things out).")
 ]
 
+MAX_BYTES = 10**18
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -81,4 +82,7 @@ def parse_bytes(setting: str, text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
     if not match:
         raise UserError(f"{setting} {text!r}: give a size like 10GB, 512MB or 100000")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size > MAX_BYTES:
+        raise UserError(f"{setting} {text[:60]!r}: at most 1000000TB")
+    return int(size)

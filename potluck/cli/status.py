@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from potluck.cli.daemon import ask_daemon
-from potluck.cli.display import megabytes
+from potluck.cli.display import megabytes, printable
 from potluck.cli.options import HomeOption, JsonOption, RunOption
 from potluck.errors import NetworkError
 
@@ -93,7 +93,7 @@ def _text(answer: dict[str, object]) -> str:
     round_ = "-" if answer["round"] is None else answer["round"]
     lines = [
         f"run        {answer['run_name']} ({str(answer['run'])[:8]}), {answer['phase']}, round {round_}",
-        f"peer       {answer['peer']} {answer['name']}",
+        f"peer       {answer['peer']} {printable(str(answer['name']))}",
         f"loss       {loss:.4f}" if isinstance(loss, float) else "loss       no round finished yet",
         f"speed      {rate:,.0f} tokens/s" if isinstance(rate, float) else "speed      -",
         f"traffic    up {megabytes(float(str(answer['bytes_sent'])))}, "

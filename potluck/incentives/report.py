@@ -175,8 +175,10 @@ def credit_over_time(entries: Iterable[AnyEntry], peers: Collection[str]) -> dic
 
 
 def find_peer(rows: Sequence[Row], prefix: str) -> Row:
-    """The peer whose id begins with `prefix`, with or without the beginning that all have. Raises UserError."""
-    found = [row for row in rows if row.peer.startswith(prefix) or row.peer.removeprefix(_COMMON).startswith(prefix)]
+    """The peer whose id begins with `prefix`, with or without the beginning that all have, or ends with it. Raises
+    UserError."""
+    found = [row for row in rows if row.peer.removeprefix(_COMMON).startswith(prefix.removeprefix(_COMMON))]
+    found = found or [row for row in rows if row.peer.endswith(prefix)]  # as pages show it
     if not prefix or not found:
         raise UserError(f"PEER {prefix!r}: no such peer in this ledger; `potluck ledger show` lists them")
     if len(found) > 1 and prefix not in (row.peer for row in found):

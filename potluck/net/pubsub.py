@@ -8,7 +8,7 @@ Spec: `PSRequest`, `PSMessage` in hivemind/proto/p2pd.proto; https://github.com/
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -42,9 +42,12 @@ async def publish(control: Control, topic: str, data: bytes) -> None:
     writer.close()
 
 
-async def subscribe(control: Control, topic: str, *, max_bytes: int) -> AsyncIterator[Message]:
+async def subscribe(
+    control: Control, topic: str, *, max_bytes: int, on_bytes: Callable[[int], None] = lambda size: None
+) -> AsyncGenerator[Message | None, None]:
     """What others publish, and this host itself, for as long as it is asked for: also after the daemon was started
-    again (what was said meanwhile is lost). Messages of more than `max_bytes` are skipped without being held."""
+    again (what was said meanwhile is lost). None for a message of more than `max_bytes`, which is not held.
+    `on_bytes` hears the size of each, of those too: the daemon has passed it on to our neighbours already."""
     while True:
         try:
             _, reader, writer = await control(_request(p2pd_pb2.PSRequest.SUBSCRIBE, topic))
@@ -53,18 +56,17 @@ async def subscribe(control: Control, topic: str, *, max_bytes: int) -> AsyncIte
             continue
         try:
             while True:
-                message = await _read(reader, max_bytes)
-                if message is not None:
-                    yield message
+                yield await _read(reader, max_bytes, on_bytes)
         except (OSError, EOFError, ValueError):  # the daemon died, or lost its thread
             await asyncio.sleep(_AGAIN_SECONDS)
         finally:
             writer.close()
 
 
-async def _read(reader: asyncio.StreamReader, max_bytes: int) -> Message | None:
+async def _read(reader: asyncio.StreamReader, max_bytes: int, on_bytes: Callable[[int], None]) -> Message | None:
     """The next message; None for one that is too large, or is none."""
     size = await read_unsigned_varint(reader)
+    on_bytes(size)
     if size > max_bytes + _AROUND_BYTES:
         while size > 0:
             size -= len(await reader.readexactly(min(size, 1 << 16)))

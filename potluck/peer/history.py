@@ -24,6 +24,12 @@ PEERS_SECONDS: Final = 30 * 86400.0
 CURVE_SECONDS: Final = 2 * 365 * 86400.0
 #: Identities are free: so many are kept, those that came first.
 MAX_PEERS: Final = 10_000
+#: Of peers' rounds in all: about 100 MB.
+MAX_ROWS: Final = 500_000
+#: Rounds that a heartbeat may last for.
+LASTING_ROUNDS: Final = 200
+#: The curve is drawn again as often as reading so many rows a second allows.
+DRAWN_PER_SECOND: Final = 5000
 #: A peer that was silent for longer was away.
 AWAY_SECONDS: Final = 900.0
 #: One peer's word of its speed counts at most so many medians in the run's sum.
@@ -83,8 +89,10 @@ class History:
     """`write` or `read` it. Methods raise sqlite3.Error where the file cannot be used (a full disk, another format);
     what was written before stays."""
 
-    def __init__(self, database: sqlite3.Connection) -> None:
-        self._db, self._pruned = database, 0.0
+    def __init__(self, database: sqlite3.Connection, path: Path | None = None) -> None:
+        self._path, self._inode = path, path.stat().st_ino if path else 0
+        self._db, self._pruned, self._drawn = database, 0.0, 0.0
+        self._touched: set[int] = set()
         #: A reader's calls come from several threads, and a writer is closed while it writes.
         self._lock = threading.Lock()
 
@@ -111,12 +119,19 @@ class History:
         except BaseException:
             database.close()
             raise
-        return cls(database)
+        return cls(database, path)
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises sqlite3.OperationalError if there is none."""
         return cls(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False))
+
+    def is_there(self) -> bool:
+        """Whether what is written can be found: somebody may have removed the file."""
+        try:
+            return self._path is not None and self._path.stat().st_ino == self._inode
+        except OSError:
+            return False
 
     def close(self) -> None:
         with self._lock:
@@ -124,20 +139,31 @@ class History:
 
     # ---- writing ------------------------------------------------------------------------------------------------
 
-    def hear(self, beats: Iterable[Signed[Heartbeat]], now: float) -> None:
-        """Of each peer the newest that came since the last call. All or nothing is written."""
+    def hear(
+        self,
+        beats: Iterable[Signed[Heartbeat]],
+        now: float,
+        round_now: int | None = None,
+        lasting_seconds: float = 0.0,
+    ) -> None:
+        """Of each peer the newest that came since the last call. All or nothing is written.
+
+        They are written down for the round in which they were heard, `round_now`, whatever round they name (None: that
+        one): who is behind is here all the same. A heartbeat lasts for so long in the curve."""
         with self._lock, self._db:
             known = self._db.execute("SELECT count(*) FROM peers").fetchone()[0]
-            touched: set[int] = set()
             for signed in beats:
-                known += self._hear(signed, now, known < MAX_PEERS)
-                touched.add(signed.record.round)
-            for round_ in touched:
-                self._draw(round_)
+                round_ = signed.record.round if round_now is None else max(0, round_now)
+                known += self._hear(signed, round_, now, known < MAX_PEERS)
+                self._touched.add(round_)
+            if now - self._drawn >= known / DRAWN_PER_SECOND:
+                for round_ in self._touched:
+                    self._draw(round_, lasting_seconds)
+                self._touched, self._drawn = set(), now
             if now - self._pruned >= _PRUNE_SECONDS:
                 self._prune(now)
 
-    def _hear(self, signed: Signed[Heartbeat], now: float, room: bool) -> bool:
+    def _hear(self, signed: Signed[Heartbeat], round_: int, now: float, room: bool) -> bool:
         """Whether it is a new peer."""
         beat, peer = signed.record, signed.peer
         row = self._db.execute("SELECT first, last, present, beats FROM peers WHERE peer = ?", (peer,)).fetchone()
@@ -150,23 +176,26 @@ class History:
         self._db.execute(
             "INSERT OR REPLACE INTO peers VALUES (?, ?, ?, ?, ?, ?)", (peer, first, now, present, count + 1, latest)
         )
-        told = beat.round, peer, beat.module, beat.loss, beat.tokens_per_second, beat.contributed, now
+        told = round_, peer, beat.module, beat.loss, beat.tokens_per_second, beat.contributed, now
         self._db.execute("INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?)", told)
         return row is None
 
-    def _draw(self, round_: int) -> None:
-        """The run's curve at a round, from what its peers say of it."""
-        rows = self._db.execute(
-            "SELECT module, loss, tokens_per_second, at FROM rounds WHERE round = ?", (round_,)
-        ).fetchall()
-        if not rows:
+    def _draw(self, round_: int, lasting_seconds: float) -> None:
+        """The run's curve at a round, from what its peers said last."""
+        newest, began = self._db.execute("SELECT max(at), min(at) FROM rounds WHERE round = ?", (round_,)).fetchone()
+        if newest is None:
             return
+        rows = self._db.execute(
+            "SELECT module, loss, tokens_per_second, max(round) FROM rounds "
+            "WHERE round = ? OR (round BETWEEN ? AND ? AND at >= ?) GROUP BY peer",
+            (round_, round_ - LASTING_ROUNDS, round_, newest - lasting_seconds),
+        ).fetchall()
         losses = [loss for _, loss, _, _ in rows if loss is not None]
         speeds = [speed for _, _, speed, _ in rows if speed > 0]
         most = MOST_MEDIANS * median(speeds) if speeds else 0.0
         modules = {module for module, _, speed, _ in rows if speed > 0}
         told = sum(min(speed, most) for speed in speeds) / max(1, len(modules))
-        point = min(at for *_, at in rows), len(rows), median(losses) if losses else None, told
+        point = began, len(rows), median(losses) if losses else None, told
         self._db.execute("INSERT OR REPLACE INTO curve VALUES (?, ?, ?, ?, ?)", (round_, *point))
 
     def _prune(self, now: float) -> None:
@@ -174,6 +203,13 @@ class History:
         self._db.execute("DELETE FROM rounds WHERE at < ?", (now - ROUNDS_SECONDS,))
         self._db.execute("DELETE FROM peers WHERE last < ?", (now - PEERS_SECONDS,))
         self._db.execute("DELETE FROM curve WHERE at < ?", (now - CURVE_SECONDS,))
+        # Made-up peers, which spoke once or twice, make room for those that stay.
+        if self._db.execute("SELECT count(*) FROM peers").fetchone()[0] >= MAX_PEERS:
+            self._db.execute("DELETE FROM peers WHERE beats < 3 AND last < ?", (now - _PRUNE_SECONDS,))
+        for (oldest,) in self._db.execute(
+            "SELECT round FROM rounds ORDER BY round DESC LIMIT 1 OFFSET ?", (MAX_ROWS,)
+        ).fetchall():
+            self._db.execute("DELETE FROM rounds WHERE round <= ?", (oldest,))
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -196,7 +232,8 @@ class History:
 
     def peers(self, since: float = 0.0) -> list[Heard]:
         """All that were heard since then, the latest first."""
-        return [_heard(row) for row in self._all("SELECT * FROM peers WHERE last >= ? ORDER BY last DESC", since)]
+        rows = self._all("SELECT * FROM peers WHERE last >= ? ORDER BY last DESC", since)
+        return [one for row in rows if (one := _heard(row)) is not None]
 
     def peer(self, peer: str) -> Heard | None:
         rows = self._all("SELECT * FROM peers WHERE peer = ?", peer)
@@ -217,5 +254,10 @@ class History:
             return self._db.execute(query, values).fetchall()
 
 
-def _heard(row: Any) -> Heard:
-    return Heard(row[0], row[1], row[2], row[3], row[4], msgspec.msgpack.decode(row[5], type=Heartbeat))
+def _heard(row: Any) -> Heard | None:
+    """None for what another version wrote."""
+    try:
+        latest = msgspec.msgpack.decode(row[5], type=Heartbeat)
+    except (msgspec.MsgspecError, ValueError):
+        return None
+    return Heard(row[0], row[1], row[2], row[3], row[4], latest)

@@ -15,6 +15,8 @@ from potluck.peer.seat import Around
 AGAIN_SECONDS: Final = 30.0
 #: Of those that a run trusts, so many ledgers are kept here; they say about the same.
 MAX_LEDGERS: Final = 3
+#: And of one no more than this: it lies in a volunteer's home.
+MAX_BYTES: Final = 256 * 2**20
 
 
 class LedgerCopies:

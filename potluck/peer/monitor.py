@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from potluck.dht.invite import Invite
+from potluck.errors import NetworkError
 from potluck.net.identity import Identity
 from potluck.peer.build import rules_of
 from potluck.peer.home import Home, RunFolder
@@ -23,6 +24,8 @@ Emit = Callable[..., None]
 
 #: How often the ledgers' copies are brought up to date.
 LEDGER_SECONDS: Final = 2 * AGAIN_SECONDS
+#: Between two tries to reach a run of which nobody answers.
+AWAY_SECONDS: Final = 15.0
 
 
 def monitor_folder(home: Path, invite: Invite) -> RunFolder:
@@ -33,15 +36,23 @@ def monitor_folder(home: Path, invite: Invite) -> RunFolder:
 async def monitor(
     folder: RunFolder, invite: Invite, network: NetworkSettings, emit: Emit, ready: Callable[[Visitor], None]
 ) -> None:
-    """Hear the run until cancelled; `ready` is called once it has joined. Raises NetworkError, ManifestError,
-    ClockError, or UserError if another monitor of this home watches the run."""
+    """Hear the run until cancelled; `ready` is called whenever it has joined. A run that was watched before is waited
+    for while nobody of it answers. Raises NetworkError, ManifestError, ClockError, or UserError if another monitor of
+    this home watches the run."""
     with folder.locked():
         identity = Identity.load_or_create(folder.path.parent.parent / "identity.key")
-        addresses = list(dict.fromkeys([*invite.peers, *folder.peers()]))
-        async with observe(folder, identity, addresses, folder.manifest(), network=network, emit=emit) as visitor:
-            folder.save_manifest(visitor.signed)
-            ready(visitor)
-            await _hear(visitor, emit)
+        while True:
+            addresses = list(dict.fromkeys([*invite.peers, *folder.peers()]))
+            try:
+                async with observe(folder, identity, addresses, folder.manifest(), network=network, emit=emit) as one:
+                    folder.save_manifest(one.signed)
+                    ready(one)
+                    await _hear(one, emit)
+            except* NetworkError as errors:
+                if folder.is_new:
+                    raise errors.exceptions[0] from None
+                emit("monitor.away", error=f"nobody of the run answers; next try in {AWAY_SECONDS:.0f} s")
+            await asyncio.sleep(AWAY_SECONDS)
 
 
 async def _hear(visitor: Visitor, emit: Emit) -> None:

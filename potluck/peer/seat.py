@@ -31,7 +31,7 @@ from potluck.swarm.data import assigned_offsets, data_seed
 from potluck.swarm.exchange import NetworkExchange
 from potluck.swarm.follower import Follower, Following
 from potluck.swarm.layout import Flat, Layout
-from potluck.swarm.phases import Round
+from potluck.swarm.phases import PULL_SHARE, Round
 from potluck.swarm.presence import Presence, Role
 from potluck.swarm.rounds import GossipReplica
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
@@ -81,6 +81,7 @@ class Around:
             retain_seconds=(rounds.retain + 2) * rounds.seconds,
             keep_states=rounds.retain,
             on_progress=self.on_progress,
+            pull_seconds=PULL_SHARE * rounds.exchange_seconds,
         )
 
     def presence(self, role: Role | None = None) -> Presence:

@@ -11,11 +11,12 @@ import asyncio
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -24,15 +25,16 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from potluck.dht.invite import Invite
-from potluck.errors import ManifestError, PotluckError, UserError
+from potluck.errors import PotluckError, UserError
 from potluck.net.children import die_with
 from potluck.peer.control import ControlServer, Handler, PeerHangs, ask
 from potluck.peer.events import EventLog
 from potluck.peer.home import Home, write_atomically
+from potluck.peer.kept_runs import Entry, Kept, checked_entry
 from potluck.peer.limits import FILE as LIMITS_FILE
 from potluck.peer.limits import Decision, Limits, RunLimits, Sensed, carries, decide, divide, read_limits
 from potluck.peer.sensors import Sensors, family, held_bytes, lives
+from potluck.peer.traffic import Traffic
 
 Emit = Callable[..., None]
 
@@ -49,6 +51,12 @@ FIRST_WAIT_SECONDS: Final = 1.0
 LONGEST_WAIT_SECONDS: Final = 300.0
 #: What the kernel may take to end what was killed.
 GONE_SECONDS: Final = 0.3
+#: What is still in the pipes of a worker that has ended is read for so long.
+PIPE_SECONDS: Final = 0.5
+#: Of a line that a worker says, no more is kept.
+MAX_LINE_BYTES: Final = 1 << 22
+#: What a worker that is asked to finish gets to answer: a pause may be waiting behind.
+FINISH_SECONDS: Final = 1.5
 #: What a worker that is ended gets to say how much it has sent.
 LAST_COUNT_SECONDS: Final = 0.3
 #: A worker that goes beyond the memory limit so often in a row does not fit into it.
@@ -61,32 +69,6 @@ NO_ROOM: Final = "`upload`, `download` or `disk_quota` is too little for another
 _TEXT_BYTES: Final = 4000
 
 State = Literal["starting", "working", "finishing", "paused", "waiting", "stopped"]
-
-
-class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of `runs.json`: a run that this home takes part in, as the command line says it."""
-
-    arguments: list[str]
-    """Of `potluck`: `join INVITE`, `host FILE` or `validate INVITE`, and options."""
-    halvings: int = 0
-    """Of the micro-batch, after the machine ran out of memory."""
-    finished: bool = False
-    """Stopped by `potluck finish`, until `potluck resume`."""
-
-    @property
-    def run(self) -> str:
-        """The run's id, as far as an invite says it."""
-        try:
-            return Invite.parse(self.arguments[1]).run_id
-        except ManifestError:
-            return ""
-
-
-class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All of `runs.json`. `paused`: by `potluck pause`."""
-
-    runs: list[Entry] = []
-    paused: bool = False
 
 
 @dataclass
@@ -174,11 +156,12 @@ class Supervisor:
         self._workers: list[Worker] = []
         self.decision, self.paused = Decision(), False
         self._limits, self._limits_read, self._limits_wrong = Limits(), 0.0, ""
-        self._traffic = _Traffic(home.path / "traffic.json")
+        self._traffic = Traffic(home.path / "traffic.json")
         self._stopping, self._changed = asyncio.Event(), asyncio.Event()
         #: Held by whoever starts and ends workers: the daemon's own looks, and one command at a time.
         self._acting = asyncio.Lock()
         self._sensed: Sensed | None = None
+        self._blind = False
         #: For the control socket, and for this home's own page.
         self.commands: dict[str, Handler] = {
             "status": self._status,
@@ -229,7 +212,13 @@ class Supervisor:
             held = {pid: held_bytes(family(pid)) for pid in pids} if limits.memory else {}
             return self._sensors.look(limits, family(os.getpid())), held
 
-        sensed, self._held = await asyncio.to_thread(look)
+        try:
+            sensed, self._held = await asyncio.to_thread(look)
+            self._blind = False
+        except Exception as error:  # whatever a sensor raises must not end the daemon; it is told once
+            if not self._blind:
+                self._emit("daemon.sensors.failed", error=repr(error))
+            sensed, self._held, self._blind = Sensed(datetime.now()), {}, True
         sent, received = self._traffic.this_month()
         self._sensed = replace(sensed, sent_this_month=sent, received_this_month=received)
         async with self._acting:
@@ -333,7 +322,6 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                limit=1 << 22,
                 start_new_session=True,  # Ctrl-C in the daemon's terminal is for the daemon
                 preexec_fn=in_child,
             )
@@ -344,24 +332,27 @@ class Supervisor:
         worker.watching = asyncio.create_task(self._watch(worker, worker.process))
 
     async def _watch(self, worker: Worker, process: asyncio.subprocess.Process) -> None:
-        """Reads what the worker says until it ends."""
+        """Reads what the worker says until it ends. What it started may hold its pipes for longer: nobody waits."""
         assert process.stdout and process.stderr
-
-        async def words() -> None:
-            assert process.stderr
-            async for line in process.stderr:
-                worker.words.append(line.decode(errors="replace").rstrip()[:_TEXT_BYTES])
-
-        reading = asyncio.create_task(words())
-        try:
-            async for line in process.stdout:
-                with suppress(ValueError):
-                    self._hear(worker, json.loads(line))
-        except ValueError:  # a line beyond the limit
-            process.kill()
-        await reading
-        await process.wait()
+        reading = [
+            asyncio.create_task(self._hear_events(worker, process.stdout)),
+            asyncio.create_task(_keep_words(worker, process.stderr)),
+        ]
+        await _exit_of(process, look_seconds=PIPE_SECONDS)
+        await asyncio.wait(reading, timeout=PIPE_SECONDS)
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+        process._transport.close()  # type: ignore[attr-defined]  # our ends of the pipes
         self._changed.set()
+
+    async def _hear_events(self, worker: Worker, stdout: asyncio.StreamReader) -> None:
+        """What is no event, as a library may print, is not heard."""
+        async for line in _lines(stdout):
+            with suppress(ValueError, RecursionError):
+                event = json.loads(line)
+                if isinstance(event, dict):
+                    self._hear(worker, event)
 
     def _hear(self, worker: Worker, event: Mapping[str, Any]) -> None:
         match event.get("event"):
@@ -379,7 +370,8 @@ class Supervisor:
         process = worker.process
         assert process is not None
         if worker.watching is not None and worker.watching.done():
-            await self._ended(worker, process.returncode or 0, now)
+            assert process.returncode is not None
+            await self._ended(worker, process.returncode, now)
         elif worker.hangs >= MAX_HANGS:
             self._emit("daemon.worker.hangs", run=worker.run, pid=process.pid)
             why, finishing = f"did not answer {MAX_HANGS} times in a row", worker.state == "finishing"
@@ -458,13 +450,13 @@ class Supervisor:
         with suppress(ProcessLookupError):
             process.send_signal(signal.SIGINT)
         try:
-            await asyncio.wait_for(process.wait(), END_SECONDS)
+            await asyncio.wait_for(_exit_of(process), END_SECONDS)
         except TimeoutError:
             pass
         for pid in started:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        await process.wait()
+        await _exit_of(process)
         until = time.monotonic() + GONE_SECONDS
         while any(map(lives, started)) and time.monotonic() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.01)  # a killed process takes a moment to let go of its memory
@@ -497,7 +489,7 @@ class Supervisor:
 
     async def _add(self, arguments: list[str]) -> dict[str, Any]:
         """A run, from now on and at every start of the daemon; the same once more changes its options."""
-        entry = _checked(arguments)
+        entry = checked_entry(arguments)
         answer = {"works": self.decision.works, "reason": self.decision.text or None, "run": entry.run or None}
         async with self._acting:
             same = [
@@ -552,7 +544,14 @@ class Supervisor:
                 if worker.state == "stopped":
                     continue  # with an error, perhaps, which stays to be read
                 if worker.state == "working":
-                    answer = await ask(self.home.find_run(worker.run).control_socket, "leave")
+                    socket = self.home.find_run(worker.run).control_socket
+                    try:
+                        answer = await ask(socket, "leave", FINISH_SECONDS)
+                    except PotluckError as error:  # it hangs, or ends just now: there is nothing to wait for
+                        await self._end(worker, "stopped", FINISHED)
+                        worker.state, worker.reason = "stopped", f"{FINISHED}. The round was lost: {error}"
+                        worker.entry = msgspec.structs.replace(worker.entry, finished=True)
+                        continue
                     worker.state, worker.reason, worker.again = "finishing", "completes its round", False
                     after[worker.run] = answer.get("leaving_after_round")
                 elif worker.state != "finishing":
@@ -599,7 +598,7 @@ class Supervisor:
         try:
             kept = msgspec.json.decode(self._runs_file.read_bytes(), type=Kept)
             for entry in kept.runs:
-                _checked(entry.arguments)
+                checked_entry(entry.arguments)
         except FileNotFoundError:
             return Kept()
         except (OSError, msgspec.MsgspecError, UserError) as error:
@@ -619,64 +618,36 @@ class Supervisor:
             self._emit("daemon.runs.unsaved", error=str(error))
 
 
-def _checked(arguments: Sequence[str]) -> Entry:
-    """Of a command that takes part in a run. Raises UserError for anything else."""
-    words = isinstance(arguments, list) and all(
-        isinstance(a, str) and len(a) < 4096 and a.isprintable() for a in arguments
-    )
-    if not words or not 2 <= len(arguments) <= 64:
-        raise UserError("a daemon takes `join INVITE`, `host FILE` or `validate INVITE`, and options")
-    if arguments[0] not in ("join", "host", "validate"):
-        raise UserError(f"a daemon cannot {arguments[0]!r}: only join, host and validate")
-    if arguments[1].startswith("-"):
-        raise UserError(f"{arguments[0]}: give the invite or the file first, then {arguments[1]}")
-    limits = ("--disk-quota", "--upload-limit", "--download-limit", "--vram-limit")
-    for own in ("--home", "--json", "--of-daemon", *limits):
-        if any(a == own or a.startswith(f"{own}=") for a in arguments):
-            raise UserError(f"{own} is the daemon's: leave it out (limits are in {LIMITS_FILE})")
-    return Entry(list(arguments))
-
-
-class _Traffic:
-    """Bytes sent and received in this calendar month, kept in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._saved_at = path, 0.0
-        self._month, self._sent, self._received = _month(), 0, 0
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            kept = json.loads(path.read_bytes())
-            counts = [kept["sent"], kept.get("received", 0)]
-            if kept["month"] == self._month and all(isinstance(count, int) and count >= 0 for count in counts):
-                self._sent, self._received = counts
-
-    def add(self, sent: int, received: int) -> None:
-        before = self.this_month()
-        self._sent, self._received = before[0] + sent, before[1] + received
-
-    def this_month(self) -> tuple[int, int]:
-        """(sent, received)"""
-        if _month() != self._month:
-            self._month, self._sent, self._received = _month(), 0, 0
-        return self._sent, self._received
-
-    def save_now_and_then(self, now: float) -> None:
-        if now - self._saved_at >= 60.0:
-            self._saved_at = now
-            self.save()
-
-    def save(self) -> None:
-        kept = {"month": self._month, "sent": self._sent, "received": self._received}
-        with suppress(UserError):  # a full disk must not stop the daemon
-            write_atomically(self._path, msgspec.json.encode(kept))
-
-
-def _month() -> str:
-    return datetime.now().strftime("%Y-%m")
-
-
 def _iso(when: datetime | None) -> str | None:
     return when.isoformat(timespec="seconds") if when else None
 
 
 def make_log(home: Home) -> EventLog:
     return EventLog(home.path / "daemon.jsonl")
+
+
+async def _exit_of(process: asyncio.subprocess.Process, look_seconds: float = 0.02) -> None:
+    """asyncio's own `wait` waits for the pipes as well, which what the process has started may hold."""
+    waiting = asyncio.ensure_future(process.wait())
+    try:
+        while process.returncode is None:
+            await asyncio.wait([waiting], timeout=look_seconds)
+    finally:
+        waiting.cancel()
+
+
+async def _keep_words(worker: Worker, stderr: asyncio.StreamReader) -> None:
+    async for line in _lines(stderr):
+        if text := line.decode(errors="replace").rstrip()[:_TEXT_BYTES]:
+            worker.words.append(text)
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Also those of a progress bar, which ends them with a carriage return. Of one that is too long, its end."""
+    rest = b""
+    while chunk := await stream.read(1 << 16):
+        *lines, rest = re.split(rb"[\r\n]", rest + chunk)
+        for line in lines:
+            yield line
+        rest = rest[-MAX_LINE_BYTES:]
+    yield rest

@@ -11,6 +11,7 @@ import math
 import random
 import sqlite3
 from collections.abc import Callable, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from potluck.errors import NetworkError
 from potluck.net.host import PeerId
 from potluck.net.identity import Identity
 from potluck.net.pubsub import Control, Message, publish, subscribe
-from potluck.peer.history import History
+from potluck.peer.history import MAX_PEERS, History
 from potluck.swarm.phases import RoundClock
 from potluck.swarm.presence import Role
 
@@ -31,6 +32,8 @@ Emit = Callable[..., None]
 #: Between two heartbeats of one peer, whatever its rounds are.
 LEAST_SECONDS: Final = 2.0
 MOST_SECONDS: Final = 30.0
+#: Made-up senders must not silence the others for longer.
+SELDOMEST_SECONDS: Final = 300.0
 #: Of all peers together: about 0.4 kB each, passed on to gossipsub's six neighbours, are 12 kB/s.
 ALL_PER_SECOND: Final = 5.0
 #: A heartbeat is believed for so many intervals, and for so long at least: clocks differ.
@@ -44,6 +47,13 @@ PEER_BURST: Final = 4.0
 HEARD_PER_SECOND: Final = 200.0
 #: Who is farther behind the clock has no part in the run now; a round ahead is a clock that differs.
 BEHIND_ROUNDS: Final = 100
+#: What bears a signature is passed on by the daemon before we see it. Beyond this (five to ten times what all honest
+#: peers say), over so long, the topic is left for a while.
+MOST_BYTES_PER_SECOND: Final = 20_000
+FLOOD_SECONDS: Final = 30.0
+AWAY_SECONDS: Final = 600.0
+#: Neighbours that gossipsub passes a message on to, about, and gets it from.
+MESH: Final = 6
 #: How often what was heard is written down.
 WRITE_SECONDS: Final = 0.2
 
@@ -54,7 +64,8 @@ def topic_of(run_id: RunId) -> str:
 
 def interval_seconds(round_seconds: float, peers: int) -> float:
     """Between two heartbeats, where `peers` are heard: once a round, more seldom the more they are."""
-    return max(min(MOST_SECONDS, max(LEAST_SECONDS, round_seconds)), peers / ALL_PER_SECOND)
+    seconds = max(min(MOST_SECONDS, max(LEAST_SECONDS, round_seconds)), peers / ALL_PER_SECOND)
+    return min(seconds, SELDOMEST_SECONDS)
 
 
 class Vitals:
@@ -151,38 +162,68 @@ class Telemetry:
         self._control, self._run_id, self._path = control, run_id, history
         self._round_seconds, self._now, self._emit = clock.seconds, now, emit
         self._identity, self._describe = identity, describe
-        self.ear = Ear(run_id, now, lambda: clock.round_at(now()))
+        self._round_now: Callable[[], int] = lambda: clock.round_at(now())
+        self.ear = Ear(run_id, now, self._round_now)
         self._heard: dict[PeerId, Signed[Heartbeat]] = {}
         #: When each peer was heard last.
         self._present: dict[PeerId, float] = {}
         self._unwritten = False
+        #: Of all messages on the topic, as they came to us; and in this span of `FLOOD_SECONDS`.
+        self.bytes_heard, self._span, self._span_bytes = 0, 0, 0
 
     async def run(self) -> None:
         try:
-            history = await asyncio.to_thread(History.write, self._path)
-        except (sqlite3.Error, OSError) as error:  # watching is not worth a peer
-            self._emit("peer.history.unwritten", error=str(error))
-            return
-        try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._hear())
-                tasks.create_task(self._write(history))
+                tasks.create_task(self._write())
                 if self._identity and self._describe:
                     tasks.create_task(self._speak(self._identity, self._describe))
-        finally:
-            history.close()
+        except Exception as error:  # nothing depends on telemetry: it must not end a peer
+            self._emit("peer.telemetry.failed", error=repr(error))
+
+    @property
+    def bytes_passed(self) -> int:
+        """Sent by gossip, about, and as many received: with opt-out nothing is."""
+        return MESH * self.bytes_heard
 
     async def _hear(self) -> None:
-        async for message in subscribe(self._control, topic_of(self._run_id), max_bytes=MAX_RECORD_BYTES):
-            if (signed := self.ear.open(message)) is not None:
-                self._heard[signed.peer] = signed
-                self._present[signed.peer] = self._now()
+        while True:
+            await self._hear_until_flooded()
+            self._emit("peer.heartbeats.flooded", bytes_per_second=self._span_bytes / FLOOD_SECONDS, away=AWAY_SECONDS)
+            await asyncio.sleep(AWAY_SECONDS)
+            self._span_bytes = 0
+
+    def _count(self, size: int) -> None:
+        self.bytes_heard += size
+        span = int(self._now() // FLOOD_SECONDS)
+        if span != self._span:
+            self._span, self._span_bytes = span, 0
+        self._span_bytes += size
+
+    async def _hear_until_flooded(self) -> None:
+        topic = topic_of(self._run_id)
+        heard = subscribe(self._control, topic, max_bytes=MAX_RECORD_BYTES, on_bytes=self._count)
+        async with aclosing(heard):
+            async for message in heard:
+                if message is not None:
+                    self._hear_one(message)
+                if self._span_bytes > MOST_BYTES_PER_SECOND * FLOOD_SECONDS:
+                    return
+
+    def _hear_one(self, message: Message) -> None:
+        if (signed := self.ear.open(message)) is None:
+            return
+        self._heard[signed.peer] = signed
+        self._present.pop(signed.peer, None)
+        self._present[signed.peer] = self._now()
+        if len(self._present) > MAX_PEERS:
+            del self._present[next(iter(self._present))]
 
     async def _speak(self, identity: Identity, describe: Callable[[], Heartbeat]) -> None:
         while True:
             now = self._now()
-            self._present = {peer: at for peer, at in self._present.items() if now - at < 10 * MOST_SECONDS}
-            interval = interval_seconds(self._round_seconds, len(self._present))
+            self._present = {peer: at for peer, at in self._present.items() if now - at < 2 * SELDOMEST_SECONDS}
+            interval = self._interval
             lasts = max(LASTS_SECONDS, LASTS_INTERVALS * interval)
             try:
                 data = encode(describe(), identity, self._run_id, now + min(lasts, MAX_AHEAD_SECONDS / 2))
@@ -191,16 +232,32 @@ class Telemetry:
                 self._emit("peer.heartbeat.failed", error=str(error))
             await asyncio.sleep(interval * random.uniform(0.8, 1.2))
 
-    async def _write(self, history: History) -> None:
-        while True:
-            await asyncio.sleep(WRITE_SECONDS)
-            if not self._heard:
-                continue
-            heard, self._heard = list(self._heard.values()), {}
-            try:
-                await asyncio.to_thread(history.hear, heard, self._now())
-                self._unwritten = False
-            except sqlite3.Error as error:  # a full disk must not stop a peer; it is told once
-                if not self._unwritten:
-                    self._emit("peer.history.unwritten", error=str(error))
-                self._unwritten = True
+    async def _write(self) -> None:
+        """What cannot be written is forgotten: a full disk must not stop a peer. It is told once."""
+        history: History | None = None
+        try:
+            while True:
+                await asyncio.sleep(WRITE_SECONDS)
+                if not self._heard:
+                    continue
+                heard, self._heard = list(self._heard.values()), {}
+                try:
+                    if history is not None and not history.is_there():
+                        history.close()
+                        history = None
+                    if history is None:
+                        history = await asyncio.to_thread(History.write, self._path)
+                    lasting = 1.5 * max(self._round_seconds, self._interval)
+                    await asyncio.to_thread(history.hear, heard, self._now(), self._round_now(), lasting)
+                    self._unwritten = False
+                except (sqlite3.Error, OSError) as error:
+                    if not self._unwritten:
+                        self._emit("peer.history.unwritten", error=str(error))
+                    self._unwritten = True
+        finally:
+            if history is not None:
+                history.close()
+
+    @property
+    def _interval(self) -> float:
+        return interval_seconds(self._round_seconds, len(self._present))

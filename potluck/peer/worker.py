@@ -172,6 +172,7 @@ class Run:
         self._moving: asyncio.Task[None] | None = None
         self._woken = asyncio.Event()
         self._copies: LedgerCopies | None = None
+        self.telemetry: Telemetry | None = None
 
     # ---- joining --------------------------------------------------------------------------------------------
 
@@ -371,7 +372,8 @@ class Run:
         if self.bench:
             care.append(asyncio.create_task(self.bench.run()))
         if self.settings.telemetry:
-            care.append(asyncio.create_task(self._telemetry().run()))
+            self.telemetry = self._telemetry()
+            care.append(asyncio.create_task(self.telemetry.run()))
         for task in care:
             task.add_done_callback(self._wake)
         if self.seat:
@@ -582,10 +584,11 @@ class Run:
         if not self.node.started:
             none = {"connected_peers": 0, "bytes_sent": 0, "bytes_received": 0, "daemon_restarts": 0}
             return {**none, "invite": None}
+        gossip = self.telemetry.bytes_passed if self.telemetry else 0
         return {
             "connected_peers": len(await self.node.connected()),
-            "bytes_sent": self.node.rpc.bytes_sent,
-            "bytes_received": self.node.rpc.bytes_received,
+            "bytes_sent": self.node.rpc.bytes_sent + gossip,
+            "bytes_received": self.node.rpc.bytes_received + gossip,
             "daemon_restarts": self.node.host.restarts,
             "invite": str(await self.invite()),
         }

@@ -6,12 +6,14 @@ Tests put a fake behind the protocol; `NetworkExchange` is the DHT directory plu
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from potluck.dht.directory import Directory
 from potluck.dht.records import Commit, Replica, Signed, Weights
+from potluck.errors import CapTooLow
 from potluck.net.blobs import BlobId, BlobRef, BlobStore
 from potluck.net.fetch import FetchReport, fetch
 from potluck.net.host import PeerId
@@ -39,7 +41,7 @@ class Exchange(Protocol):
         ...
 
     async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
-        """Serve a blob from `reveal_at` on."""
+        """Serve a blob from `reveal_at` on. Raises DiskFull, and CapTooLow where nobody could have it in time."""
         ...
 
     def offer_state(self, state: ReplicaState) -> None:
@@ -71,7 +73,8 @@ class Exchange(Protocol):
 class NetworkExchange:
     """`retain_seconds`: how long contributions are kept for those who catch up; `keep_states`: states served.
 
-    `on_progress(bytes done, bytes in all)` follows a state's download.
+    `on_progress(bytes done, bytes in all)` follows a state's download. `pull_seconds`: what a round leaves for
+    contributions to be pulled.
     """
 
     def __init__(
@@ -82,10 +85,11 @@ class NetworkExchange:
         retain_seconds: float,
         keep_states: int,
         on_progress: Callable[[int, int], None] | None = None,
+        pull_seconds: float = math.inf,
     ) -> None:
         self._directory, self._rpc, self._store = directory, rpc, store
         self._retain_seconds, self._keep_states = retain_seconds, keep_states
-        self._on_progress = on_progress
+        self._on_progress, self._pull_seconds = on_progress, pull_seconds
         self._states: list[ReplicaState] = []
         self._kept: deque[tuple[float, BlobId]] = deque()
         store.remove_older(retain_seconds)  # of an earlier session
@@ -110,6 +114,15 @@ class NetworkExchange:
         return list(view.records)
 
     async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
+        needed, rate = self._rpc.upload.seconds(len(blob)), self._rpc.upload.rate
+        if rate is not None and needed > self._pull_seconds:
+            # To commit to it all the same would leave the others without it, and us with a state of our own.
+            least = needed / self._pull_seconds * rate
+            raise CapTooLow(
+                f"the upload cap of {rate / 1e3:.0f} kB/s is too low for this run: a contribution of "
+                f"{len(blob) / 1e6:.2f} MB is to be had within {self._pull_seconds:.1f} s; raise the cap to "
+                f"{least / 1e3:.0f} kB/s at least, or leave"
+            )
         ref = await asyncio.to_thread(self._store.put, blob, reveal_at=reveal_at)
         self._keep(ref.id)
         return ref

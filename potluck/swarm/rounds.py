@@ -16,7 +16,7 @@ import torch
 
 from potluck.dht.records import Commit
 from potluck.dht.shards import shard_of
-from potluck.errors import CodecError, DiskFull, NetworkError, ProtocolError
+from potluck.errors import CapTooLow, CodecError, DiskFull, NetworkError, ProtocolError
 from potluck.net.host import PeerId
 from potluck.swarm.aggregate import Contribution, Sparse
 from potluck.swarm.agreement import Agreement, network_at_fault
@@ -224,10 +224,12 @@ class GossipReplica(Follower):
                 theta, fragments = self._state.theta, self.rules.fragments
                 part = await self._in_thread(encode_fragment, theta, self.layout, window.round, fragments)
                 fragment = await self._exchange.offer(part, window.commit_by)
-        except DiskFull as error:  # it may have room again in the next round
+        except (DiskFull, CapTooLow) as error:  # it may be otherwise in the next round
             self._keep_unsent(contribution)
-            self._emit("peer.disk.full", error=str(error))
-            self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="disk_full")
+            full = isinstance(error, DiskFull)
+            self._emit("peer.disk.full" if full else "peer.cap.too_low", error=str(error))
+            reason = "disk_full" if full else "cap_too_low"
+            self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason=reason)
             return
         mine.commit = Commit(
             module=self.module,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, expect, sync_playwright
 from sample_run import NAMES, peer, write_run
 
 from potluck.dht.records import Heartbeat, Signed
@@ -84,7 +85,7 @@ def site() -> Iterator[Site]:
         (home / "runs.json").write_text(json.dumps({"runs": [entry], "paused": True}))
         command = (sys.executable, "-m", "potluck", "daemon", "--home", str(home), "--port", "0", "--json")
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        daemon = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        daemon = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=few_files)
         try:
             assert daemon.stdout
             told = json.loads(next(line for line in daemon.stdout if '"daemon.page"' in line))
@@ -95,6 +96,11 @@ def site() -> Iterator[Site]:
             browser.close()
             daemon.terminate()
             assert daemon.wait(20) == 0
+
+
+def few_files() -> None:
+    """As many systems have it: the daemon may take more, and must say so."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 @pytest.fixture
@@ -169,6 +175,30 @@ def test_a_run_shows_its_curves_and_follows_it_live(visit: Visit) -> None:
     history.close()
     expect(page.locator(".tile", has_text="Loss")).to_contain_text("1.2345")
     expect(page.locator(".tile", has_text="Round")).to_contain_text("60")
+
+
+def test_a_fetch_that_fails_once_does_not_freeze_the_page(visit: Visit) -> None:
+    page, came = visit.page, []
+    page.route(f"**/api/v1{visit.site.path}/events", lambda route: later_state(visit.site, route, len(came)))
+    page.route(f"**/api/v1{visit.site.path}/curve", lambda route: came.append(route) or curve(route, len(came)))
+    visit.enter(visit.site.path)
+    expect(page.locator(".tile", has_text="Loss")).to_contain_text("1.0003")
+    assert [error for error in visit.errors if "ERR_FAILED" not in error] == []
+    visit.errors.clear()
+
+
+def curve(route: Route, number: int) -> None:
+    """The one that the page begins with; the next one fails."""
+    route.abort() if number == 2 else route.continue_()
+
+
+def later_state(site: Site, route: Route, number: int) -> None:
+    """So many rounds later that the page must ask for the curve. Its loss says how often it had asked before."""
+    state = route.fetch(url=f"{site.url}/api/v1{site.path}").json()
+    state["latest"]["round"] = [round_ + 100 for round_ in state["latest"]["round"]]
+    state["loss"] = 1 + min(number, 3) / 10_000
+    event = f"retry: 50\nevent: state\ndata: {json.dumps(state)}\n\n"
+    route.fulfill(status=200, content_type="text/event-stream", body=event)
 
 
 def test_the_leaderboard_shows_hostile_names_as_they_are(visit: Visit) -> None:
@@ -259,3 +289,4 @@ def test_what_the_daemon_serves_is_light(site: Site) -> None:
     loaded: Any = [mapped.path for mapped in daemon.memory_maps()]
     assert not [path for path in loaded if "torch" in path or "grpc" in path]
     assert daemon.memory_info().rss < 80e6
+    assert daemon.rlimit(resource.RLIMIT_NOFILE)[0] > 256

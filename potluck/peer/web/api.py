@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Path, Query, Request
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
@@ -69,7 +68,7 @@ def router(hub: Hub, machine: Machine | None) -> APIRouter:
     @routes.get("/runs", response_model=RunList, responses={404: {"model": Problem}})
     async def list_runs() -> Response:
         """All runs that are watched here."""
-        states = [await asyncio.to_thread(watch.locked_state) for watch in hub.watches]
+        states = await states_of(hub)
         briefs = [RunBrief(**{name: getattr(state, name) for name in RunBrief.model_fields}) for state in states]
         told = RunList(runs=briefs, me=machine.peer if machine else None, machine=machine is not None)
         return Response(told.model_dump_json(), media_type=JSON)
@@ -77,8 +76,8 @@ def router(hub: Hub, machine: Machine | None) -> APIRouter:
     @routes.get("/runs/{run}", response_model=RunState)
     async def show_run(request: Request, run: RunPath) -> Response:
         """A run as it is now, with its pipeline and its last rounds."""
-        watch = find(run)
-        return await _answer(request, watch.answer, "state", watch.state)
+        live = await asyncio.to_thread(find(run).live, patient=True)
+        return _response(request, live.encoded if live else None)
 
     @routes.get("/runs/{run}/curve", response_model=Curve)
     async def show_curve(
@@ -89,13 +88,15 @@ def router(hub: Hub, machine: Machine | None) -> APIRouter:
     ) -> Response:
         """Loss, speed and peers by round; of many rounds one in `every`."""
         watch = find(run)
-        return await _answer(request, watch.answer, f"curve {since} {points}", lambda: watch.curve(since, points))
+        key = f"curve {since} {points}"
+        return _response(request, await asyncio.to_thread(watch.answer, key, lambda: watch.curve(since, points)))
 
     @routes.get("/runs/{run}/peers", response_model=Peers)
     async def list_peers(request: Request, run: RunPath, limit: Limit = 100, offset: Offset = 0) -> Response:
         """Peers as they were heard, those that are here now first."""
         watch = find(run)
-        return await _answer(request, watch.answer, f"peers {limit} {offset}", lambda: watch.peers(limit, offset))
+        key = f"peers {limit} {offset}"
+        return _response(request, await asyncio.to_thread(watch.answer, key, lambda: watch.peers(limit, offset)))
 
     @routes.get("/runs/{run}/contributors", response_model=Contributors)
     async def list_contributors(
@@ -111,14 +112,15 @@ def router(hub: Hub, machine: Machine | None) -> APIRouter:
         await watch.ask_for_ledgers()
         key = f"contributors {limit} {offset} {validator} {peer}"
         made = lambda: watch.contributors(limit, offset, validator, peer)  # noqa: E731
-        return await _answer(request, watch.answer_from_ledgers, key, made)
+        return _response(request, await asyncio.to_thread(watch.answer_from_ledgers, key, made))
 
     @routes.get("/runs/{run}/peers/{peer}", response_model=PeerPage)
     async def show_peer(request: Request, run: RunPath, peer: PeerPath) -> Response:
         """What one peer did each round, what it was scored and why; the proof of each shown score is checked here."""
         watch = find(run)
         await watch.ask_for_ledgers()
-        return await _answer(request, watch.answer_from_ledgers, f"peer {peer}", lambda: watch.peer(peer))
+        made = lambda: watch.peer(peer)  # noqa: E731
+        return _response(request, await asyncio.to_thread(watch.answer_from_ledgers, f"peer {peer}", made))
 
     @routes.get("/runs/{run}/events", responses=_EVENTS, response_class=StreamingResponse)
     async def follow_run(request: Request, run: RunPath) -> Response:
@@ -126,10 +128,10 @@ def router(hub: Hub, machine: Machine | None) -> APIRouter:
         find(run)
         stack = AsyncExitStack()
         try:
-            viewer = await stack.enter_async_context(hub.viewing(run))
-        except Full:
-            later = {"retry-after": str(RETRY_SECONDS)}
-            raise HTTPException(503, "as many viewers as there may be: try again later", later) from None
+            address = request.client.host if request.client else ""
+            viewer = await stack.enter_async_context(hub.viewing(run, address))
+        except Full as full:
+            raise HTTPException(503, str(full), {"retry-after": str(RETRY_SECONDS)}) from None
 
         packed = "gzip" in request.headers.get("accept-encoding", "")
 
@@ -147,13 +149,13 @@ def router(hub: Hub, machine: Machine | None) -> APIRouter:
     return routes
 
 
-async def _answer(
-    request: Request,
-    answer: Callable[[str, Callable[[], BaseModel | None]], Encoded | None],
-    key: str,
-    make: Callable[[], BaseModel | None],
-) -> Response:
-    found = await asyncio.to_thread(answer, key, make)
+async def states_of(hub: Hub) -> list[RunState]:
+    """Of all runs, as they were made for live events or for others who asked; without those that cannot be read now."""
+    lives = [await asyncio.to_thread(watch.live, patient=True) for watch in hub.watches]
+    return [live.state for live in lives if live]
+
+
+def _response(request: Request, found: Encoded | None) -> Response:
     if found is None:
         raise HTTPException(404, "nothing of the kind is known here")
     return found.response(request, JSON)

@@ -47,7 +47,8 @@ def create_app(
 
     `machine`: of a daemon; a page about it, with buttons. It needs a `token`, which every request must then bear.
     Without one, everything is public and nothing can be changed. `hosts`: names besides the loopback ones at which it
-    is reached, such as that of a reverse proxy. `invites`: shown on the page of their run, for others to join with.
+    is reached, such as that of a reverse proxy; a public page is reached by any bare address too. `invites`: shown on
+    the page of their run, for others to join with.
     """
     if machine is not None and not token:
         raise ValueError("a machine's page needs a token")
@@ -132,7 +133,7 @@ def _add_pages(app: FastAPI, hub: Hub, assets: Assets, machine: Machine | None) 
         return asset.response(request)
 
     async def metrics() -> Response:
-        states = [await asyncio.to_thread(watch.locked_state) for watch in hub.watches]
+        states = await api.states_of(hub)
         daemon: dict[str, Any] | None = await machine.status() if machine else None
         return Response(exposition(states, daemon, hub.viewers, hub.events_sent), media_type=CONTENT_TYPE)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from potluck.errors import PotluckError
+from potluck.incentives.accounts import Accounts
 from potluck.incentives.entries import AnyEntry, ScoreEntry
 from potluck.incentives.ledger import Head, Ledger, check_inclusion
 from potluck.incentives.report import (
@@ -61,7 +62,9 @@ class Book:
         #: Entries by what they are: scores of each peer, and everything else.
         self._scores: defaultdict[str, array[int]] = defaultdict(lambda: array("Q"))
         self._others = array("Q")
+        self._accounts = Accounts()
         self.rows: list[Row] = leaderboard(self._indexed(ledger.entries()))
+        self._credit_of = {account.account: account.credit for account in self._accounts.rows()}
         self.places = {row.peer: place for place, row in enumerate(self.rows, 1)}
         others = (self._entry(number) for number in self._others)
         paid = [row.peer for row in self.rows[:CURVES] if row.credit > 0]
@@ -88,6 +91,11 @@ class Book:
         place = self.places.get(peer)
         return None if place is None else self.rows[place - 1]
 
+    def account(self, peer: str) -> tuple[str, float]:
+        """(the key that its credit counts for, all credit that counts for that one)"""
+        account = self._accounts.account_of(peer)
+        return account, self._credit_of.get(account, 0.0)
+
     def scored(self, peer: str) -> list[Scored]:
         """A peer's last rounds, the latest first, those with a proof in front."""
         numbers = self._scores.get(peer, array("Q"))[-ROUNDS:]
@@ -106,7 +114,9 @@ class Book:
 
     def why(self, peer: str) -> list[str]:
         row = self.row(peer)
-        return explain(row, self.places[peer], self.rounds(peer), 0) if row else []
+        account = self.account(peer)[0]
+        other = account if account != peer else None
+        return explain(row, self.places[peer], self.rounds(peer), 0, other) if row else []
 
     def _before(self, number: int) -> int:
         """Where the round of a score begins: its own entry stands in front of all its scores."""
@@ -117,6 +127,7 @@ class Book:
 
     def _indexed(self, entries: Iterable[AnyEntry]) -> Iterator[AnyEntry]:
         for number, entry in enumerate(entries):
+            self._accounts.add(entry)
             (self._scores[entry.peer] if isinstance(entry, ScoreEntry) else self._others).append(number)
             yield entry
 

@@ -1,6 +1,8 @@
 """Who may ask, and how: checked before any of the application runs.
 
-- The Host must be ours: else another name for 127.0.0.1 (DNS rebinding) would make any web site a local one.
+- The Host must be ours: else another name for 127.0.0.1 (DNS rebinding) would make any web site a local one. A public
+  page is also answered under any bare IP address: no name that somebody could bind again stands behind one, and whoever
+  reaches the page may read all of it.
 - An Origin, where a browser sends one, must be the page's own.
 - On a daemon's page everything but static files needs its token: as `Authorization: Bearer`, or as the cookie that
   `/?token=...` sets. It keeps out other users of the machine, who can reach loopback too.
@@ -16,6 +18,7 @@ import hmac
 import re
 from collections.abc import Collection
 from http.cookies import CookieError, SimpleCookie
+from ipaddress import ip_address
 from typing import Final
 from urllib.parse import parse_qsl
 
@@ -96,7 +99,13 @@ class Guard:
             return host
         if match and match["name"] in LOOPBACK and (port is None or int(match["port"] or 80) == port):
             return host
-        raise Refused(421, "not served under this name: open the address that `potluck page` or the monitor prints")
+        if match and self._token is None and _is_address(match["name"]):
+            return host
+        raise Refused(
+            421,
+            "not served under this name: open the address that `potluck page` or the monitor prints, or start the "
+            "monitor with `--allow-host` and the name",
+        )
 
     def _check_origin(self, scope: Scope, headers: Headers, host: str) -> None:
         for origin in headers.getlist("origin"):
@@ -135,6 +144,13 @@ class Guard:
 
     def _is_token(self, given: str) -> bool:
         return self._token is not None and hmac.compare_digest(given.encode(), self._token.encode())
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return ip_address(name.strip("[]")).version == (6 if name.startswith("[") else 4)
+    except ValueError:
+        return False
 
 
 _CHALLENGE: Final = {"www-authenticate": "Bearer"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +52,8 @@ class DaemonMachine:
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor, self._home = supervisor, supervisor.home
         self._peer: PeerId | None = None
+        #: What is read, changed and written again must be whole: two changes come in two threads.
+        self._changing = threading.Lock()
 
     @property
     def peer(self) -> PeerId | None:
@@ -91,7 +94,8 @@ class DaemonMachine:
         return read_limits(self._home.path)
 
     def set_limits(self, changes: dict[str, Any]) -> Limits:
-        return change_limits(self._home.path, changes)
+        with self._changing:
+            return change_limits(self._home.path, changes)
 
 
 def change_limits(home: Path, changes: dict[str, Any]) -> Limits:

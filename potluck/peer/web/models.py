@@ -130,6 +130,8 @@ class Contributor(Model):
     refused: int | None
     missed: int | None
     network: int | None = Field(description="missed by the network's fault, which costs no score")
+    account: str | None = Field(description="that its credit counts for, if that is another key than its own")
+    account_credit: float = Field(description="of all keys whose credit counts for the same account")
 
 
 class CreditCurve(Model):

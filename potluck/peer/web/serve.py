@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from potluck.errors import UserError
 
-#: Connections beyond this are answered with 503. The system's own limit on open files may be lower.
+#: Connections beyond this are answered with 503; with so many more, the next ones are closed unheard.
 MAX_CONNECTIONS = 4096
+MORE_CONNECTIONS = 50
+#: Open files, at most, where the system's own limit is higher, or none.
+MOST_FILES = 65_536
+#: How many of them are left to the process itself (the network, the history, ledgers), and to connections of those who
+#: follow nothing live.
+OWN_FILES, ANSWERS = 100, 50
+#: Connections that wait to be let in, and how many asyncio lets in at a time: while one is closed, as many have come.
+WAITING, AT_A_TIME = 1024, 16
 #: Open streams end at once (`Hub.close`); what else is under way has so long.
 END_SECONDS = 2
 
@@ -23,6 +33,30 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals belong to who runs the loop."""
         yield
+
+
+class _Protocol(H11Protocol):
+    """Who sends no request is never told 503: without an end to them, no file would be left for the process itself."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self.limit_concurrency and len(self.connections) > self.limit_concurrency + MORE_CONNECTIONS:
+            transport.abort()
+
+
+def room_for_viewers() -> int:
+    """Raises this process's limit of open files as far as it may; how many live streams it has room for then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):  # what there is must do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(1, _files() - OWN_FILES - MORE_CONNECTIONS - ANSWERS)
+
+
+def _files() -> int:
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 @asynccontextmanager
@@ -38,7 +72,7 @@ async def serve(
     config = uvicorn.Config(
         app,
         loop="none",
-        http="h11",
+        http=_Protocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -46,7 +80,8 @@ async def serve(
         access_log=False,  # addresses hold the token once
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
+        backlog=AT_A_TIME,
+        limit_concurrency=max(ANSWERS, min(MAX_CONNECTIONS, _files() - OWN_FILES - MORE_CONNECTIONS)),
         timeout_keep_alive=30,
         timeout_graceful_shutdown=END_SECONDS,
         h11_max_incomplete_event_size=16 * 1024,
@@ -59,6 +94,7 @@ async def serve(
                 serving.result()
                 raise UserError("the page's server ended as it began")
             await asyncio.sleep(0.01)
+        sock.listen(WAITING)  # the loop has set it to what it lets in at a time
         yield url_of(sock)
     finally:
         app.state.hub.close()
@@ -82,7 +118,7 @@ def _bound(listen: str, port: int, any_port: bool) -> socket.socket:
             if not (any_port and port):
                 raise
             sock.bind((address[0], 0, *address[2:]))
-        sock.listen(1024)
+        sock.listen(WAITING)
         sock.setblocking(False)
     except OSError as error:
         sock.close()

@@ -7,12 +7,16 @@ skipping: what a viewer keeps besides is asked for by round (`RunState.latest`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from ipaddress import ip_address
+from typing import Final, NamedTuple, TypeVar
 
 from potluck.dht.manifest import RunId
 from potluck.errors import PotluckError
@@ -28,6 +32,11 @@ AGAIN_SECONDS: Final = 10.0
 #: A comment in between: proxies close what is silent, and who is gone is noticed.
 HEARTBEAT_SECONDS: Final = 15.0
 RUNS_SECONDS: Final = 3.0
+#: So many viewers from one place (`place_of`), that nobody takes the room of all.
+VIEWERS_OF_PLACE: Final = 200
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Event(NamedTuple):
@@ -50,7 +59,21 @@ BEAT: Final = Event.of(b": here\n\n")
 
 
 class Full(Exception):
-    """As many viewers as there may be."""
+    """As many viewers as there may be; says which limit it is."""
+
+
+def place_of(address: str) -> str | None:
+    """Who is counted together: an IPv4 address, or the /64 of an IPv6 one, of which each household has all. None is not
+    counted: loopback, where a reverse proxy asks for everybody."""
+    try:
+        ip = ip_address(address.partition("%")[0])
+    except ValueError:
+        return None  # no network's: a Unix socket, or a test
+    if ip.version == 6:
+        ip = ip.ipv4_mapped or ip
+    if ip.is_loopback:
+        return None
+    return str(ip) if ip.version == 4 else f"{int(ip) >> 64:x}/64"
 
 
 @dataclass(eq=False)
@@ -97,7 +120,10 @@ class Channel:
 
 
 class Hub:
-    """All runs and all viewers. `run` polls until cancelled; `close` ends every stream."""
+    """All runs and all viewers. `run` polls until cancelled; `close` ends every stream.
+
+    Its looks at files have a thread of their own: nothing that is asked besides holds live events up.
+    """
 
     def __init__(
         self,
@@ -109,6 +135,9 @@ class Hub:
         self._runs, self._invite_of, self._max_viewers = runs, invite_of, max_viewers
         self._channels: dict[str, Channel] = {}
         self._listed = -RUNS_SECONDS
+        self._places: Counter[str] = Counter()
+        self._thread = ThreadPoolExecutor(1, "potluck-live")
+        self._failed: set[tuple[str, type[Exception]]] = set()
         self._closed = False
         self.events_sent = 0
 
@@ -133,37 +162,55 @@ class Hub:
             self.close()
             for watch in self.watches:
                 watch.close()
+            self._thread.shutdown(wait=False)
 
     async def poll(self, now: float) -> None:
-        """One look at everything."""
+        """One look at everything. Where it fails (no file can be opened any more, say), the next look tries again."""
         if now - self._listed >= RUNS_SECONDS:
             self._listed = now
-            await self._list()
-        channels = list(self._channels.values())
-        changed = await asyncio.to_thread(lambda: [channel.watch.look() for channel in channels])
-        for channel, is_new in zip(channels, changed, strict=True):
-            channel.dirty |= is_new
-            since = now - channel.sent
-            apart = max(APART_SECONDS, len(channel.viewers) / VIEWERS_PER_SECOND)
-            due = since >= AGAIN_SECONDS or (channel.dirty and since >= apart)
-            if channel.viewers and due:
-                await self._send(channel, now)
+            with self._going_on("the list of runs"):
+                await self._list()
+        for channel in list(self._channels.values()):
+            with self._going_on(channel.watch.about.run):
+                await self._look(channel, now)
+
+    async def _look(self, channel: Channel, now: float) -> None:
+        channel.dirty |= await self._in_thread(channel.watch.look)
+        since = now - channel.sent
+        apart = max(APART_SECONDS, len(channel.viewers) / VIEWERS_PER_SECOND)
+        due = since >= AGAIN_SECONDS or (channel.dirty and since >= apart)
+        if channel.viewers and due:
+            await self._send(channel, now)
 
     async def _send(self, channel: Channel, now: float) -> None:
         channel.dirty, channel.sent = False, now
-        state = await asyncio.to_thread(channel.watch.answer, "state", channel.watch.state)
-        if state is None:
+        live = await self._in_thread(channel.watch.live)
+        if live is None:
             return
         channel.number += 1
-        channel.event = Event.of(b"id: %d\nevent: state\ndata: %b\n\n" % (channel.number, state.plain))
+        channel.event = Event.of(b"id: %d\nevent: state\ndata: %b\n\n" % (channel.number, live.encoded.plain))
         for viewer in channel.viewers:
             viewer.offer(channel.event)
         self.events_sent += len(channel.viewers)
 
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """A look's boundary: live events of all viewers hang on the poller, and whatever it meets must not end it. Each
+        kind of failure is logged once."""
+        try:
+            yield
+        except Exception as error:
+            if (what, type(error)) not in self._failed:
+                self._failed.add((what, type(error)))
+                log.exception("no live events of %s for now", what)
+
     async def _list(self) -> None:
         """New runs; those that are gone end their viewers' streams."""
         known = set(self._channels)
-        there, found = await asyncio.to_thread(self._find, known)
+        there, found = await self._in_thread(lambda: self._find(known))
         for run in known - there:
             channel = self._channels.pop(run)
             for viewer in channel.viewers:
@@ -183,16 +230,22 @@ class Hub:
         return there, found
 
     @asynccontextmanager
-    async def viewing(self, run: str) -> AsyncIterator[Viewer]:
-        """Raises Full, and KeyError for no such run."""
+    async def viewing(self, run: str, address: str = "") -> AsyncIterator[Viewer]:
+        """`address`: where the viewer comes from. Raises Full, and KeyError for no such run."""
+        place = place_of(address)
         if self._closed or self.viewers >= self._max_viewers:
-            raise Full
+            raise Full("as many viewers as there may be: try again later")
+        if place and self._places[place] >= VIEWERS_OF_PLACE:
+            raise Full("as many viewers as there may be from one address: try again later")
         channel, viewer = self._channels[run], Viewer()
         first = not channel.viewers
         channel.viewers.add(viewer)
+        if place:
+            self._places[place] += 1
         try:
             if first:
-                await self._send(channel, time.monotonic())
+                with self._going_on(run):
+                    await self._send(channel, time.monotonic())
             elif channel.event is not None:  # else it comes with the first one's
                 viewer.offer(channel.event)
             yield viewer
@@ -200,6 +253,10 @@ class Hub:
             channel.viewers.discard(viewer)
             if not channel.viewers:
                 channel.event = None
+            if place:
+                self._places[place] -= 1
+                if not self._places[place]:
+                    del self._places[place]
 
     def close(self) -> None:
         self._closed = True

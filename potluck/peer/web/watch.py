@@ -1,14 +1,22 @@
-"""One run as it is watched: its history and its ledgers, opened when they appear, read by one thread at a time."""
+"""One run as it is watched: its history and its ledgers, opened when they appear.
+
+Three things never wait for each other: the state that live events show, what is asked of the history, and what is asked
+of the ledgers, which may take seconds. Each has a lock of its own, and the first two a connection to the history. Who
+holds the lock of the ledgers may ask the history, and never the other way round.
+"""
 
 from __future__ import annotations
 
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Generic, NamedTuple, TypeVar
 
+import msgspec
 from pydantic import BaseModel
 
 from potluck.dht.manifest import Manifest
@@ -17,7 +25,7 @@ from potluck.peer.control import ask
 from potluck.peer.history import Heard, History
 from potluck.peer.home import RunFolder
 from potluck.peer.web.assets import Encoded
-from potluck.peer.web.books import Book, Shelf, head_view
+from potluck.peer.web.books import IDLE_SECONDS, MOST_WORK, Book, Shelf, head_view
 from potluck.peer.web.models import Contributor, Contributors, CreditCurve, Curve, PeerPage, Peers, RunState, Said
 from potluck.peer.web.views import About, clean, curve_of, here, peer_view, run_state, said_by, uptime
 
@@ -27,9 +35,122 @@ POINTS: Final = 2000
 STALE_SECONDS: Final = 5.0
 #: How often whoever has a network is asked for newer copies of the ledgers, while somebody looks.
 LEDGERS_SECONDS: Final = 30.0
-_ANSWERS: Final = 128
+#: Of the history, and as many of the ledgers.
+_ANSWERS: Final = 64
 #: Who is here was heard since then, however many peers there are.
 RECENT_SECONDS: Final = 2 * 3600.0
+#: A history that cannot be read now, or was written by another version.
+_UNREADABLE: Final = (sqlite3.Error, msgspec.MsgspecError)
+
+#: What was heard of, and of which ledgers: another one after each change.
+Version = tuple[int, int, int]
+T = TypeVar("T")
+
+
+class Live(NamedTuple):
+    """A run as it is now, and as it is sent."""
+
+    state: RunState
+    encoded: Encoded
+
+
+class Crowd(NamedTuple):
+    """All peers, those that are here now first; and who these are."""
+
+    peers: list[Heard]
+    present: set[str]
+
+
+@dataclass(frozen=True)
+class Kept(Generic[T]):
+    """What was made of a version, and how many seconds it took."""
+
+    value: T
+    version: Version
+    made_at: float
+    took: float
+
+    @classmethod
+    def make(cls, version: Version, make: Callable[[], T]) -> Kept[T]:
+        began = time.monotonic()
+        value = make()
+        now = time.monotonic()
+        return cls(value, version, now, now - began)
+
+    def good(self, version: Version, patient: bool = False) -> bool:
+        """`patient`: an older one does, so that strangers' questions cost a small part of a core, whatever they are."""
+        age = time.monotonic() - self.made_at
+        return age < STALE_SECONDS and (self.version == version or (patient and age < self.took / MOST_WORK))
+
+
+class Answers:
+    """JSON, made once for all who ask the same, until something changes. They are made one at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._kept: dict[str, Kept[Encoded | None]] = {}
+
+    def get(self, key: str, version: Version, make: Callable[[], BaseModel | None]) -> Encoded | None:
+        with self.lock:
+            known = self._kept.get(key)
+            if known and known.good(version):
+                return known.value
+            try:
+                made = Kept.make(version, lambda: _encoded(make()))
+            except _UNREADABLE:
+                return None
+            if made.value is not None:
+                self._kept[key] = made
+                if len(self._kept) > _ANSWERS:
+                    self._kept.pop(next(iter(self._kept)))
+            return made.value
+
+
+def _encoded(made: BaseModel | None) -> Encoded | None:
+    return None if made is None else Encoded(made.model_dump_json(by_alias=True).encode())
+
+
+class Source:
+    """A connection to the history, opened when its file appears and again when another takes its place."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._history: History | None = None
+        self._closed = False
+        #: Of the open file; 0 without one.
+        self.inode = 0
+
+    @contextmanager
+    def reading(self) -> Iterator[History | None]:
+        """One thread at a time has it. None: there is none yet. After an sqlite3.Error it is opened anew."""
+        with self._lock:
+            self._open()
+            try:
+                yield self._history
+            except sqlite3.Error:
+                self._drop()
+                raise
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._drop()
+
+    def _open(self) -> None:
+        inode = 0 if self._closed else _inode(self._path)
+        if inode == self.inode:
+            return
+        self._drop()
+        if inode:
+            try:
+                self._history, self.inode = History.read(self._path), inode
+            except sqlite3.Error:
+                pass  # it is just being made
+
+    def _drop(self) -> None:
+        history, self._history, self.inode = self._history, None, 0
+        if history:
+            history.close()
 
 
 class Watch:
@@ -38,56 +159,45 @@ class Watch:
     def __init__(self, folder: RunFolder, manifest: Manifest, invite: str | None) -> None:
         self.folder, self.about, self._invite = folder, About.of(folder.run_id, manifest), invite
         self._genesis = manifest.genesis
-        self._history: History | None = None
-        self._inode = 0
+        #: For live events, and for whatever else is asked.
+        self._live, self._history = Source(folder.history), Source(folder.history)
+        self._of_history, self._of_ledgers = Answers(), Answers()
+        #: For who holds the lock of `_of_ledgers`.
         self._shelf = Shelf(folder.ledgers, folder.ledger)
-        #: What only reads the history must not wait for who reads a ledger.
-        self._lock, self._shelf_lock = threading.Lock(), threading.Lock()
+        self._live_lock = threading.Lock()
+        self._shown: Kept[Live] | None = None
+        self._crowd: Kept[Crowd] | None = None
         self._asked = -LEDGERS_SECONDS
         self._told: list[str] = []
-        #: What was heard of, and of which ledgers, when `look` was called last.
-        self.version: tuple[int, int, int] = (0, 0, 0)
-        self._answers: dict[str, tuple[tuple[int, int, int], float, Encoded]] = {}
+        #: When `look` was called last.
+        self.version: Version = (0, 0, 0)
 
     def close(self) -> None:
-        with self._lock, self._shelf_lock:
+        with self._of_ledgers.lock:
             self._shelf.close()
-            if self._history:
-                self._history.close()
-                self._history = None
+        self._history.close()
+        self._live.close()
 
     # ---- what has changed -----------------------------------------------------------------------------------
 
     def look(self) -> bool:
-        """Whether anything is new since the last look. Takes microseconds."""
-        with self._lock:
-            self._open()
-            heard = 0
-            if self._history:
-                try:
-                    heard = self._history.version()
-                except sqlite3.Error:
-                    self._inode = 0
-            before, self.version = self.version, (self._inode, heard, self._shelf.stamp())
-        if self._shelf_lock.acquire(blocking=False):
+        """Whether anything is new since the last look. Takes microseconds. Raises OSError where no file can be opened
+        any more."""
+        heard = 0
+        try:
+            with self._live.reading() as history:
+                heard = history.version() if history else 0
+        except sqlite3.Error:
+            pass
+        before, self.version = self.version, (self._live.inode, heard, self._shelf.stamp())
+        if self._of_ledgers.lock.acquire(blocking=False):
             try:
                 self._shelf.rest()
             finally:
-                self._shelf_lock.release()
+                self._of_ledgers.lock.release()
+        if (crowd := self._crowd) and time.monotonic() - crowd.made_at > IDLE_SECONDS:
+            self._crowd = None
         return before != self.version
-
-    def _open(self) -> None:
-        inode = _inode(self.folder.history)
-        if inode == self._inode:
-            return
-        if self._history:
-            self._history.close()
-        self._history, self._inode = None, 0
-        if inode:
-            try:
-                self._history, self._inode = History.read(self.folder.history), inode
-            except sqlite3.Error:
-                pass  # it is just being made
 
     async def ask_for_ledgers(self) -> None:
         """Lets the process of this run that has a network bring the copies up to date, if there is one."""
@@ -104,60 +214,55 @@ class Watch:
     # ---- answers --------------------------------------------------------------------------------------------
 
     def answer(self, key: str, make: Callable[[], BaseModel | None]) -> Encoded | None:
-        """JSON, made once for all who ask the same, until something changes."""
-        with self._lock:
-            return self._answered(key, make)
+        """JSON, made once for all who ask the same, until something changes. None: nothing of the kind is known, or it
+        cannot be read now."""
+        return self._of_history.get(key, self.version, make)
 
     def answer_from_ledgers(self, key: str, make: Callable[[], BaseModel | None]) -> Encoded | None:
-        """The same, for what may take seconds."""
-        with self._shelf_lock:
-            return self._answered(key, make)
+        """The same, for what may take seconds: `contributors` and `peer`."""
+        return self._of_ledgers.get(key, self.version, make)
 
-    def _answered(self, key: str, make: Callable[[], BaseModel | None]) -> Encoded | None:
-        known, now, version = self._answers.get(key), time.monotonic(), self.version
-        if known and known[0] == version and now - known[1] < STALE_SECONDS:
-            return known[2]
-        try:
-            made = make()
-        except sqlite3.Error:
-            self._inode, made = 0, None  # of another format, or closed just now: opened again at the next look
-        if made is None:
-            return None
-        encoded = Encoded(made.model_dump_json(by_alias=True).encode())
-        self._answers[key] = version, now, encoded
-        if len(self._answers) > _ANSWERS:
-            self._answers.pop(next(iter(self._answers)), None)
-        return encoded
+    def live(self, patient: bool = False) -> Live | None:
+        """The run as it is now. `patient`: for who can do with an older one if it takes long. None: it cannot be read
+        now."""
+        with self._live_lock:
+            if not (self._shown and self._shown.good(self.version, patient)):
+                try:
+                    self._shown = Kept.make(self.version, self._now)
+                except _UNREADABLE:
+                    return None
+            return self._shown.value
+
+    def _now(self) -> Live:
+        state = self.state()
+        return Live(state, Encoded(state.model_dump_json().encode()))
 
     @property
     def round_now(self) -> int:
         """By the clock. What peers say of later rounds is not so."""
         return max(0, int((time.time() - self._genesis) // self.about.round_seconds)) + 1
 
-    def locked_state(self) -> RunState:
-        with self._lock:
-            return self.state()
-
     def state(self) -> RunState:
-        history, now = self._history, time.time()
-        points = history.curve(until_round=self.round_now, at_most=64) if history else []
-        heard = (history.peers(now - RECENT_SECONDS) or history.peers()) if history else []
+        now = time.time()
+        with self._live.reading() as history:
+            points = history.curve(until_round=self.round_now, at_most=64) if history else []
+            heard = (history.peers(now - RECENT_SECONDS) or history.peers()) if history else []
         return run_state(self.about, points, heard, now, self.version[2], self._invite)
 
     def curve(self, since: int, at_most: int) -> Curve:
         until = self.round_now
-        if not self._history or (span := self._history.span(since, until)) is None:
-            return curve_of([])
-        every = max(1, -(-(span[1] - span[0] + 1) // at_most))
-        return curve_of(self._history.curve(since, at_most, until_round=until, every=every), every)
+        with self._history.reading() as history:
+            if not history or (span := history.span(since, until)) is None:
+                return curve_of([])
+            every = max(1, -(-(span[1] - span[0] + 1) // at_most))
+            points = history.curve(since, at_most, until_round=until, every=every)
+        return curve_of(points, every)
 
     def peers(self, limit: int, offset: int) -> Peers:
         heard, present = self._heard()
         now = time.time()
-        shown = sorted(heard, key=lambda one: (one.peer not in present, -one.latest.tokens_per_second, one.peer))
-        return Peers(
-            total=len(heard), peers=[peer_view(one, one.peer in present, now) for one in shown[offset : offset + limit]]
-        )
+        shown = [peer_view(one, one.peer in present, now) for one in heard[offset : offset + limit]]
+        return Peers(total=len(heard), peers=shown)
 
     def contributors(
         self, limit: int, offset: int, validator: str | None = None, only: str | None = None
@@ -200,7 +305,9 @@ class Watch:
         """None: nobody has heard of it."""
         books, wrong = self._shelf.books()
         book = next((b for b in books if b.row(peer)), books[0] if books else None)
-        one = self._history.peer(peer) if self._history else None
+        with self._history.reading() as history:
+            one = history.peer(peer) if history else None
+            said = said_by(history.rounds_of(peer)) if history else _NOTHING_SAID
         row = book.row(peer) if book else None
         if one is None and row is None:
             return None
@@ -210,7 +317,7 @@ class Watch:
             run=self.about.run,
             peer=peer,
             heard=peer_view(one, peer in present, now) if one else None,
-            said=said_by(self._history.rounds_of(peer)) if self._history else _NOTHING_SAID,
+            said=said,
             standing=_contributor(peer, book, one, peer in present, now) if row else None,
             ledger=head_view(book.head) if book else None,
             problems=[*wrong, *self._told],
@@ -218,10 +325,19 @@ class Watch:
             scored=book.scored(peer) if book else [],
         )
 
-    def _heard(self) -> tuple[list[Heard], set[str]]:
-        """All peers, and those that are here now."""
-        heard = self._history.peers() if self._history else []
-        return heard, {one.peer for one in here(heard, self.about.round_seconds, time.time())}
+    def _heard(self) -> Crowd:
+        """Decoding ten thousand peers takes a tenth of a second: whoever asks shares it."""
+        with self._history.reading() as history:
+            known = self._crowd
+            if not (known and known.good(self.version, patient=True)):
+                known = Kept.make(self.version, lambda: self._crowd_of(history.peers() if history else []))
+                self._crowd = known
+            return known.value
+
+    def _crowd_of(self, heard: list[Heard]) -> Crowd:
+        present = {one.peer for one in here(heard, self.about.round_seconds, time.time())}
+        heard.sort(key=lambda one: (one.peer not in present, -one.latest.tokens_per_second, one.peer))
+        return Crowd(heard, present)
 
 
 _NOTHING_SAID: Final = Said(round=[], at=[], module=[], loss=[], tokens_per_second=[], contributed=[])
@@ -238,6 +354,7 @@ def _thinned(book: Book) -> list[tuple[str, list[tuple[int, float]]]]:
 
 def _contributor(peer: str, book: Book | None, heard: Heard | None, is_here: bool, now: float) -> Contributor:
     row = book.row(peer) if book else None
+    account, total = book.account(peer) if book else (peer, 0.0)
     return Contributor(
         peer=peer,
         name=_name(heard),
@@ -253,6 +370,8 @@ def _contributor(peer: str, book: Book | None, heard: Heard | None, is_here: boo
         refused=row.refused if row else None,
         missed=row.missed if row else None,
         network=row.network if row else None,
+        account=account if account != peer else None,
+        account_credit=total,
     )
 
 

@@ -93,12 +93,55 @@ def test_a_reader_sees_what_another_connection_writes(tmp_path: Path) -> None:
         reader.hear([beat("b")], NOW)
 
 
+def test_who_names_another_round_counts_in_the_one_in_which_it_is_heard(history: History) -> None:
+    history.hear([beat("a", round=7), beat("b", round=7)], NOW, 7, 15.0)
+    history.hear([beat("a", round=8), beat("slow", round=3, loss=5.0)], NOW + 10, 8, 15.0)
+    assert [(point.round, point.peers, point.at) for point in history.curve()] == [(7, 2, NOW), (8, 3, NOW + 10)]
+    history.hear([beat("a", round=9)], NOW + 20, 9, 15.0)
+    assert history.curve()[-1].peers == 2  # b was last heard twenty seconds ago
+    assert history.rounds_of("slow")[0].round == 8
+
+
+def test_rounds_take_bounded_room_and_made_up_peers_make_room(
+    history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_PEERS", 5)
+    monkeypatch.setattr(module, "MAX_ROWS", 8)
+    for round_ in range(5):
+        history.hear([beat("true")] + [beat(f"made up {n}") for n in range(9) if not round_], NOW + round_, round_)
+    assert len(history.peers()) == 5
+    history.hear([beat("true")], NOW + 2000, 6)
+    assert [heard.peer for heard in history.peers()] == ["true"]
+    for round_ in range(7, 30):
+        history.hear([beat("true")], NOW + 2000 * round_, round_)
+    assert len(history.rounds_of("true")) <= 10
+    assert len(history.curve()) == 29
+
+
 def test_a_damaged_file_is_begun_anew(tmp_path: Path) -> None:
     path = tmp_path / "history.sqlite"
     path.write_bytes(b"not a database at all" * 100)
     history = History.write(path)
     history.hear([beat("a")], NOW)
     assert len(history.peers()) == 1
+
+
+def test_what_another_version_wrote_is_left_out(history: History) -> None:
+    history.hear([beat("a"), beat("b")], NOW)
+    with history._db:
+        history._db.execute("UPDATE peers SET latest = x'c1' WHERE peer = 'a'")
+    assert [heard.peer for heard in history.peers()] == ["b"]
+    assert history.peer("a") is None
+
+
+def test_a_file_that_was_removed_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "history.sqlite"
+    history = History.write(path)
+    assert history.is_there()
+    path.unlink()
+    assert not history.is_there()
+    History.write(path)
+    assert not history.is_there()
 
 
 def test_there_is_nothing_to_read_where_nothing_was_written(tmp_path: Path) -> None:
@@ -110,8 +153,8 @@ def test_there_is_nothing_to_read_where_nothing_was_written(tmp_path: Path) -> N
 def test_each_round_of_the_curve_counts_its_peers(told: list[tuple[str, int, float | None]]) -> None:
     history = History(sqlite3.connect(":memory:"))
     history._db.executescript(module._TABLES)
-    for peer, round_, loss in told:
-        history.hear([beat(peer, round=round_, loss=loss)], NOW)
+    for second, (peer, round_, loss) in enumerate(told):
+        history.hear([beat(peer, round=round_, loss=loss)], NOW + second)
     latest = {(peer, round_): loss for peer, round_, loss in told}
     for point in history.curve():
         losses = [loss for (_, round_), loss in latest.items() if round_ == point.round]

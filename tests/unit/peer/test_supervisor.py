@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from potluck.errors import UserError
+from potluck.peer import traffic
 from potluck.peer.control import ask
 from potluck.peer.home import Home
 from potluck.peer.limits import Sensed
@@ -68,6 +69,17 @@ elif deed == "serves":
         passed += 1000
         client.sendall(json.dumps({"bytes_sent": passed, "bytes_received": 3 * passed}).encode() + b"\\n")
         client.close()
+elif deed == "chatters":
+    print(5, flush=True)
+    print("[1]", flush=True)
+    print("[" * 100000, flush=True)
+    sys.stderr.write("progress\\r" * 1000000 + "x" * 9000000)
+    sys.stderr.flush()
+    time.sleep(600)
+elif deed == "orphans":
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", home], start_new_session=True)
+    print("error: gone", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGABRT)
 elif deed == "memory":
     print("RuntimeError: CUDA out of memory", file=sys.stderr)
     sys.exit(1)
@@ -82,9 +94,11 @@ class Machine(Sensors):
 
     def __init__(self) -> None:
         super().__init__()
-        self.battery = False
+        self.battery = self.broken = False
 
     def look(self, limits: Any, ours: Any) -> Sensed:
+        if self.broken:
+            raise RuntimeError("the sensor fell off")
         return Sensed(datetime.now(), on_battery=self.battery)
 
 
@@ -438,14 +452,76 @@ def test_sent_bytes_count_by_the_month(tmp_path: Path) -> None:
         assert (await world.ask("status"))["rule"] == "upload_month"
 
     path = play(tmp_path, scene).home.path / "traffic.json"
-    kept = json.loads(path.read_text())
-    assert kept["sent"] == 1_000_000 and kept["received"] == 5
-    path.write_text(json.dumps({**kept, "month": "2020-01"}))
+    (counts,) = json.loads(path.read_text())["months"].values()
+    assert counts == [1_000_000, 5]
+    path.write_text(json.dumps({"months": {"2020-01": counts}}))
 
     async def next_month(world: World) -> None:
         await world.until(lambda run: run["state"] == "working")
 
     play(tmp_path, next_month)
+
+
+def test_a_clock_that_is_wrong_for_a_while_forgets_no_month(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calendar = ["2026-11"]
+    monkeypatch.setattr(traffic, "_month", lambda: calendar[0])
+    path = tmp_path / "traffic.json"
+    counted = traffic.Traffic(path)
+    counted.add(7, 5)
+    for calendar[0] in ("1970-01", "2026-12"):
+        assert counted.this_month() == (0, 0)
+        counted.add(1, 1)
+    counted.save()
+    calendar[0] = "2026-11"
+    assert traffic.Traffic(path).this_month() == (7, 5)
+    for calendar[0] in ("2027-01", "2027-02", "2027-03"):
+        counted.add(1, 1)
+    calendar[0] = "2026-11"
+    assert counted.this_month() == (0, 0)
+    path.write_text('{"months": {"2026-11": ["many", 1]}}')
+    assert traffic.Traffic(path).this_month() == (0, 0)
+
+
+def test_whatever_a_worker_prints_it_stays_the_daemons(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("chatters")
+        run = await world.until(lambda run: run["pid"] is not None)
+        worker = world.supervisor._workers[0]
+        while sum(map(len, worker.words)) < 200:
+            assert worker.alive
+            await asyncio.sleep(0.03)
+        await world.ask("pause")
+        assert not psutil.pid_exists(run["pid"])
+        await world.until(lambda run: run["state"] == "paused")
+
+    assert not play(tmp_path, scene).named("daemon.run.left")
+
+
+def test_a_dead_worker_whose_child_holds_its_pipes_is_started_again(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("orphans")
+        await world.until(lambda run: run["restarts"] >= 1)
+        async with asyncio.timeout(5):
+            await world.ask("pause")
+        for process in psutil.process_iter(["cmdline"]):
+            if process.info["cmdline"] and process.info["cmdline"][-1] == str(world.home.path):
+                process.kill()
+
+    assert play(tmp_path, scene).named("daemon.worker.ended")[0]["said"] == "error: gone"
+
+
+def test_a_sensor_that_breaks_does_not_end_the_daemon(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.add("works")
+        await world.until(lambda run: run["state"] == "working")
+        world.machine.broken = True
+        while not world.named("daemon.sensors.failed"):
+            await asyncio.sleep(0.03)
+        await asyncio.sleep(0.3)
+        assert (await world.run())["state"] == "working"
+        await world.ask("pause")
+
+    assert len(play(tmp_path, scene).named("daemon.sensors.failed")) == 1
 
 
 def told(home: Home) -> list[dict[str, Any]]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+from hivemind.p2p import PeerID
+from hivemind.proto import p2pd_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +20,7 @@ from potluck.dht.records import MAX_RECORD_BYTES, Heartbeat, RejectedRecord, dec
 from potluck.net.host import PeerId
 from potluck.net.identity import Identity
 from potluck.net.pubsub import Message
-from potluck.peer.telemetry import HEARD_PER_SECOND, PEER_BURST, Ear, Vitals, interval_seconds
+from potluck.peer.telemetry import HEARD_PER_SECOND, PEER_BURST, Ear, Telemetry, Vitals, interval_seconds
 from potluck.swarm.phases import RoundClock
 
 RUN, OTHER = RunId("a" * 64), RunId("b" * 64)
@@ -106,7 +112,8 @@ def test_any_bytes_are_heard_or_refused_never_raised(data: bytes) -> None:
 @given(st.floats(0.1, 1e5), st.integers(0, 10**6))
 def test_all_together_send_a_few_per_second(round_seconds: float, peers: int) -> None:
     assert interval_seconds(round_seconds, peers) >= 2.0
-    assert peers / interval_seconds(round_seconds, peers) <= 5.0 or peers <= 5 * 30
+    assert peers / interval_seconds(round_seconds, peers) <= 5.0 or not 5 * 30 < peers <= 5 * 300
+    assert interval_seconds(round_seconds, peers) <= 300.0
 
 
 def test_nobody_can_store_a_heartbeat_in_the_dht(me: Identity) -> None:
@@ -135,3 +142,91 @@ def test_vitals_are_folded_from_a_peers_events(me: Identity) -> None:
     beat = vitals.beat()
     assert (beat.round, beat.loss, beat.tokens_per_second, beat.contributed) == (5, 2.25, 600.0, 1)
     assert decode(encode(beat, me, RUN, NOW + 1), RUN, now=NOW, max_ahead_seconds=10).record == beat
+
+
+class Daemon:
+    """A libp2p daemon's control socket, which says what the test says."""
+
+    def __init__(self) -> None:
+        self.readers: list[asyncio.StreamReader] = []
+
+    async def control(self, request: Any) -> tuple[Any, asyncio.StreamReader, Any]:
+        if request.pubsub.type == p2pd_pb2.PSRequest.SUBSCRIBE:
+            self.readers.append(asyncio.StreamReader())
+            return None, self.readers[-1], MagicMock()
+        return None, asyncio.StreamReader(), MagicMock()
+
+    def say(self, data: bytes, sender: bytes = b"") -> None:
+        message = p2pd_pb2.PSMessage(data=data, **{"from": sender}).SerializeToString()
+        size, varint = len(message), b""
+        while size > 127:
+            varint, size = varint + bytes([size & 127 | 128]), size >> 7
+        self.readers[-1].feed_data(varint + bytes([size]) + message)
+
+
+def telemetry(daemon: Daemon, path: Path, events: list[str], me: Identity | None = None) -> Telemetry:
+    clock = RoundClock(NOW - 35, 10.0, 1.0)
+    vitals = Vitals("worker", "", clock, Clock())
+    return Telemetry(
+        daemon.control,
+        RUN,
+        path,
+        clock=clock,
+        now=Clock(),
+        emit=lambda name, **fields: events.append(name),
+        identity=me,
+        describe=vitals.beat if me else None,
+    )
+
+
+def while_it_runs(one: Telemetry, scene: Callable[[], Awaitable[None]]) -> None:
+    async def go() -> None:
+        running = asyncio.create_task(one.run())
+        try:
+            async with asyncio.timeout(20):
+                await scene()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(go())
+
+
+def test_a_history_that_is_removed_or_cannot_be_written_stops_nothing(tmp_path: Path, me: Identity) -> None:
+    path, events, daemon = tmp_path / "history.sqlite", list[str](), Daemon()
+    path.mkdir()
+    one, sender = telemetry(daemon, path, events), PeerID.from_base58(me.peer_id).to_bytes()
+
+    async def scene() -> None:
+        while not daemon.readers:
+            await asyncio.sleep(0.01)
+        daemon.say(said(me), sender)
+        while "peer.history.unwritten" not in events:
+            await asyncio.sleep(0.01)
+        path.rmdir()
+        for number in range(2):
+            daemon.say(said(me, sent_at=NOW + 1 + number), sender)
+            while not path.exists():
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)
+            path.unlink()
+
+    while_it_runs(one, scene)
+    assert events == ["peer.history.unwritten"]
+
+
+def test_a_flood_is_left_for_a_while(tmp_path: Path) -> None:
+    events, daemon = list[str](), Daemon()
+    one = telemetry(daemon, tmp_path / "history.sqlite", events)
+
+    async def scene() -> None:
+        while not daemon.readers:
+            await asyncio.sleep(0.01)
+        for _ in range(100):
+            daemon.say(bytes(10_000))
+        while "peer.heartbeats.flooded" not in events:
+            await asyncio.sleep(0.01)
+
+    while_it_runs(one, scene)
+    assert one.bytes_passed >= 6 * 20_000 * 30
+    assert len(daemon.readers) == 1

@@ -45,7 +45,7 @@ function table(run, told, me) {
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Leaderboard" },
     h("table", {}, h("thead", {}, h("tr", {}, columns.map(([text, kind]) => h("th", { scope: "col", class: kind || null }, text || h("span", { class: "hidden" }, "Place"))))),
       h("tbody", {}, told.rows.map((row) => h("tr", { class: row.peer === me ? "mine" : null },
-        h("td", { class: "num quiet" }, row.place ?? "–"), h("th", { scope: "row" }, peerLink(run, row.peer, row.name, row.peer === me)),
+        h("td", { class: "num quiet" }, row.place ?? "–"), h("th", { scope: "row" }, peerLink(run, row.peer, row.name, row.peer === me), row.account ? h("div", { class: "quiet small" }, `for account ${peerEnd(row.account)}`) : null),
         paid ? [h("td", { class: "num" }, short(row.credit)), h("td", { class: "wide-only" }, share(row.share / most), percent(row.share, 1))] : null,
         h("td", { class: "num" }, whole(row.contributed)),
         paid ? [h("td", { class: "num wide-only" }, whole(row.refused)), h("td", { class: "num wide-only" }, missed(row)), h("td", { class: "num wide-only" }, fixed(row.score, 3))] : null,

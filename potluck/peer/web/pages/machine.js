@@ -68,7 +68,7 @@ export async function show(page) {
   const earn = async (now) => {
     for (const { run } of now.runs) {
       if (!run || !now.peer) continue;
-      try { credits.set(run, (await get(`/runs/${run}/contributors?limit=1&peer=${now.peer}`)).rows.find((row) => row.place)?.credit ?? null); } catch { credits.set(run, null); }
+      try { credits.set(run, (await get(`/runs/${run}/contributors?limit=1&peer=${now.peer}`)).rows.find((row) => row.place)?.account_credit ?? null); } catch { credits.set(run, null); }
     }
   };
 
@@ -78,7 +78,7 @@ export async function show(page) {
     const save = async (name, value) => {
       const answer = await post("/machine/limits", { [name]: value });
       caps = new Map(answer.limits.map((one) => [one.name, one.value]));
-      said.textContent = "Saved. The daemon follows within a second; caps, threads and priority from a worker's next start on.";
+      said.textContent = "Saved. The daemon follows within a second; CPU threads, GPU memory and priority from a worker's next start on.";
       return caps.get(name);
     };
     fill(limits, h("h2", {}, "Limits"), said, limitRows(list, save));

@@ -24,7 +24,7 @@ export async function show(page, run, peer) {
       heard ? h("p", { class: "about" }, [heard.role, heard.module, heard.version && `potluck ${heard.version}`, `first heard ${clock(heard.first)}`].filter(Boolean).join(" · ")) : null));
     fill(notes, told.problems.map((text) => h("p", { class: "notice" }, text)));
     fill(tiles,
-      standing ? [tile("Credit", short(standing.credit), `${percent(standing.share, 1)} of all, place ${standing.place}`), tile("Score", fixed(standing.score, 3), `computation: ${standing.verdict}`),
+      standing ? [tile("Credit", short(standing.credit), standing.account ? `counts for account ${peerEnd(standing.account)}, ${short(standing.account_credit)} in all` : `${percent(standing.share, 1)} of all, place ${standing.place}`), tile("Score", fixed(standing.score, 3), `computation: ${standing.verdict}`),
         tile("Rounds that counted", whole(standing.contributed), `${standing.refused} refused, ${standing.missed} missed`)]
         : tile("Rounds, as it says", whole(heard?.contributed), "since it started"),
       heard ? [tile("Uptime", percent(heard.uptime), `of the last ${span(Date.now() / 1000 - heard.first)}`), tile("Tokens per second", short(heard.tokens_per_second), "as it says")] : null);

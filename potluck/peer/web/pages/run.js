@@ -1,7 +1,7 @@
 // A run: how it goes, who is at which part of the model, and how to join.
 import { h, fill, ago, badge, chip, empty, fixed, head, percent, peerName, short, span, tile, whole } from "./dom.js";
 import { chart } from "./charts.js";
-import { follow, get } from "./net.js";
+import { Refusal, follow, get } from "./net.js";
 
 export async function show(page, run) {
   const curve = await get(`/runs/${run}/curve`);
@@ -52,7 +52,13 @@ export async function show(page, run) {
     }
   };
 
-  const enqueue = (state) => { draw = draw.then(() => update(state)); };
+  // What failed once (a fetch, mostly) is tried again with the next state; until then the line is not up.
+  const enqueue = (state) => {
+    draw = draw.then(() => update(state)).catch((error) => {
+      page.live(false);
+      if (!(error instanceof Refusal || error instanceof TypeError)) reportError(error);
+    });
+  };
   await update(await get(`/runs/${run}`));
   follow(run, enqueue, page.live);
 }

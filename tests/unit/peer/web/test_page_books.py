@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 from sample_run import VALIDATOR, peer
 
+from potluck.dht.manifest import RunId
 from potluck.errors import LedgerError
+from potluck.incentives.entries import CreditEntry, LinkEntry, ScoreEntry, Standing
 from potluck.incentives.ledger import Ledger
 from potluck.incentives.report import history, leaderboard
+from potluck.net.identity import Identity
+from potluck.net.links import make_link, make_offer
 from potluck.peer.home import RunFolder
 from potluck.peer.web import books as module
 from potluck.peer.web.books import PROOFS, Book, Shelf, Stamp
@@ -98,6 +102,24 @@ def test_what_nobody_looks_at_is_closed_and_opened_again(folder: RunFolder, monk
     shelf._again.clear()
     assert len(shelf.books()[0]) == 1
     shelf.close()
+
+
+def test_credit_is_summed_by_account(tmp_path: Path) -> None:
+    anna, laptop = (Identity.create(tmp_path / name) for name in ("anna", "laptop"))
+    entries = [
+        ScoreEntry(module="m", round=1, peer=laptop.peer_id, came=True, standing=Standing()),
+        CreditEntry(
+            module="m", round=1, opinions={}, incentive={}, paid={laptop.peer_id: 5.0, anna.peer_id: 2.0}, earned={}
+        ),
+        LinkEntry(module="m", round=2, link=make_link(make_offer(anna, laptop.peer_id, 1_700_000_000), laptop)),
+    ]
+    with Ledger.open(tmp_path / "ledger", RunId("a" * 52), VALIDATOR) as ledger:
+        ledger.append(entries, 1_700_000_000.0)
+    book = Book.read(tmp_path / "ledger")
+    assert book.account(laptop.peer_id) == book.account(anna.peer_id) == (anna.peer_id, 7.0)
+    assert book.account("nobody") == ("nobody", 0.0)
+    assert any(anna.peer_id in line for line in book.why(laptop.peer_id))
+    book.close()
 
 
 def test_a_file_that_is_gone_has_no_stamp(tmp_path: Path) -> None:

@@ -226,3 +226,24 @@ def test_a_public_page_is_read_only_and_served_by_its_name(folder: RunFolder) ->
 def test_a_machine_is_never_shown_without_a_token(folder: RunFolder, machine: Any) -> None:
     with pytest.raises(ValueError, match="token"):
         create_app(lambda: [folder], machine=machine)
+
+
+@pytest.mark.parametrize(
+    "host, public, own",
+    [
+        ("203.0.113.7:7780", 200, 421),
+        ("203.0.113.7", 200, 421),
+        ("[2001:db8::7]:7780", 200, 421),
+        ("run.example.org:7780", 421, 421),
+        ("203.0.113.7.example.org", 421, 421),
+        ("0x7f.1", 421, 421),
+        ("[203.0.113.7]", 421, 421),
+        ("[::g]", 421, 421),
+    ],
+)
+def test_a_public_page_is_reached_by_bare_addresses_a_machines_own_is_not(
+    folder: RunFolder, machine: Any, host: str, public: int, own: int
+) -> None:
+    get = lambda client: client.get("/api/v1/runs", headers={**BEARER, "host": host})  # noqa: E731
+    assert ask(folder, None, get, token=None).status_code == public
+    assert ask(folder, machine, get).status_code == own

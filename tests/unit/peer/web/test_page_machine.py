@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -14,9 +20,11 @@ import pytest
 from potluck.errors import UserError
 from potluck.peer.home import RunFolder
 from potluck.peer.limits import Limits, read_limits
+from potluck.peer.web import machine as machine_module
+from potluck.peer.web import serve as serve_module
 from potluck.peer.web.app import create_app
-from potluck.peer.web.machine import change_limits
-from potluck.peer.web.serve import serve
+from potluck.peer.web.machine import DaemonMachine, change_limits
+from potluck.peer.web.serve import room_for_viewers, serve
 from potluck.peer.web.token import token_of
 
 
@@ -92,3 +100,59 @@ def test_an_open_stream_does_not_hold_up_the_end(folder: RunFolder) -> None:
             assert any(line.startswith("data: ") for line in rest)
 
     asyncio.run(asyncio.wait_for(go(), 20))
+
+
+def test_of_two_changes_at_once_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2)
+
+    def read(home: Path) -> Limits:
+        found = read_limits(home)
+        with suppress(threading.BrokenBarrierError):  # the other one waits until this one has written
+            both.wait(0.05)
+        return found
+
+    monkeypatch.setattr(machine_module, "read_limits", read)
+    machine: Any = DaemonMachine(SimpleNamespace(home=SimpleNamespace(path=tmp_path)))  # type: ignore[arg-type]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(machine.set_limits, [{"threads": 3}, {"battery": True}]))
+    limits = read_limits(tmp_path)
+    assert (limits.threads, limits.battery) == (3, True)
+
+
+@pytest.mark.parametrize(
+    "soft, hard, then, room",
+    [
+        *((1024, 20_000, 20_000, 19_800), (1024, 10**9, 65_536, 65_336), (100_000, 10**9, 100_000, 99_800)),
+        *((1024, resource.RLIM_INFINITY, 65_536, 65_336), (220, 220, 220, 20), (64, 100, 100, 1)),
+    ],
+)
+def test_files_are_allowed_as_far_as_may_be_and_some_stay_the_processes_own(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, then: int, room: int
+) -> None:
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.append(pair))
+    assert room_for_viewers() == room and limits[-1] == (then, hard)
+
+
+def test_connections_that_ask_nothing_leave_files_to_the_process(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_module, "MAX_CONNECTIONS", 60)
+
+    async def go() -> None:
+        app = create_app(lambda: [folder])
+        async with serve(app) as url:
+            with ExitStack() as stack:
+                at = urlsplit(url)
+                idle = [stack.enter_context(socket.create_connection((at.hostname, at.port))) for _ in range(115)]
+                for one in idle:
+                    one.setblocking(False)
+                loop = asyncio.get_running_loop()
+                for one in idle[110:]:
+                    with suppress(ConnectionResetError):
+                        assert await asyncio.wait_for(loop.sock_recv(one, 1), 5) == b""
+                await loop.sock_sendall(idle[109], f"GET / HTTP/1.1\r\nHost: {at.netloc}\r\n\r\n".encode())
+                assert b" 503 " in await asyncio.wait_for(loop.sock_recv(idle[109], 100), 5)
+
+    asyncio.run(go())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from potluck.net.host import PeerId
 from potluck.peer import telemetry
 from potluck.peer.history import Heard, History, PeerPoint, Point
 from potluck.peer.home import Home, RunFolder
+from potluck.peer.web import watch as watching
 from potluck.peer.web.views import (
     SHOWN,
     About,
@@ -27,7 +31,7 @@ from potluck.peer.web.views import (
     silent_seconds,
     uptime,
 )
-from potluck.peer.web.watch import Watch
+from potluck.peer.web.watch import Kept, Watch
 
 NOW = 1e9
 ABOUT = About("a" * 52, "run", "llama", 30.0, ("stage.0", "stage.1"), ())  # type: ignore[arg-type]
@@ -168,3 +172,64 @@ def test_what_was_answered_is_answered_again_until_something_changes(folder: Run
     watch.version = (0, 0, 0)
     assert watch.answer("state", make) is not first and len(made) == 2
     watch.close()
+
+
+def test_the_history_is_decoded_once_whatever_is_asked(
+    tmp_path: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = watch_of(tmp_path, folder)
+    history = History.write(watch.folder.history)
+    beat = Heartbeat(module="stage.0", round=1, loss=2.0, started=time.time(), sent_at=time.time())
+    history.hear([Signed(beat, PeerId(f"p{n}"), time.time() + 60) for n in range(50)], time.time())
+    watch.look()
+    decoded, all_peers = [], History.peers
+    monkeypatch.setattr(History, "peers", lambda self, since=0.0: decoded.append(since) or all_peers(self, since))
+    for n in range(20):
+        assert watch.answer(f"peers 10 {n}", partial(watch.peers, 10, n))
+        assert watch.answer_from_ledgers(f"contributors 10 {n}", partial(watch.contributors, 10, n))
+        assert watch.live(patient=True)
+    assert len(decoded) == 2, "once for whoever asks, once for live events"
+    history.close()
+    watch.close()
+
+
+def test_what_took_long_is_made_again_after_a_while_and_for_live_events_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(watching.time, "monotonic", lambda: now[0])
+    kept = Kept("x", (1, 1, 1), made_at=100.0, took=0.1)
+    assert kept.good((1, 1, 1)) and not kept.good((1, 2, 1)) and kept.good((1, 2, 1), patient=True)
+    now[0] += 2.1  # a twentieth of the time
+    assert kept.good((1, 1, 1)) and not kept.good((1, 2, 1), patient=True)
+    now[0] += 3.0
+    assert not kept.good((1, 1, 1)) and not Kept("x", (1, 1, 1), 100.0, took=60.0).good((1, 2, 1), patient=True)
+
+
+def test_many_threads_may_ask_at_once_while_it_is_looked_at_and_closed(tmp_path: Path, folder: RunFolder) -> None:
+    watch = watch_of(tmp_path, folder)
+    history = History.write(watch.folder.history)
+    beat = Heartbeat(module="stage.0", round=1, loss=2.0, started=time.time(), sent_at=time.time())
+    history.hear([Signed(beat, PeerId(f"p{n}"), time.time() + 60) for n in range(20)], time.time())
+    start = threading.Barrier(5)
+
+    def asks(number: int) -> None:
+        start.wait(10)
+        for n in range(200):
+            key = f"{number} {n}"
+            if number == 0:
+                watch.look()
+                watch.version = (0, n, 0)
+            elif number == 1:
+                watch.live()
+            else:
+                watch.answer(key, partial(watch.peers, 5, n))
+                watch.answer_from_ledgers(key, partial(watch.peer, f"p{n % 20}"))
+        watch.close()
+
+    with ThreadPoolExecutor(5) as threads:
+        for done in [threads.submit(asks, number) for number in range(5)]:
+            done.result(20)
+    with watch._history.reading() as closed:
+        assert closed is None
+    history.close()

@@ -35,14 +35,16 @@ from potluck.peer.doctor import (
     Finding,
     Recommendation,
     exit_code,
+    line_findings,
     machine_findings,
     network_findings,
     recommend,
     run_findings,
 )
-from potluck.peer.facts import HomeFacts, MachineFacts, Package, RunFacts
+from potluck.peer.facts import HomeFacts, MachineFacts, NetworkFacts, Package, RunFacts
 from potluck.peer.hardware import choose_device, default_threads, detect, fit_micro_batch, free_memory
 from potluck.peer.home import Home, RunFolder
+from potluck.peer.line_cache import Line, LineCache
 from potluck.peer.pipeline import MEMORY_FACTOR
 from potluck.peer.probe import Asked, ask_run
 from potluck.peer.settings import PeerSettings
@@ -50,6 +52,7 @@ from potluck.swarm.codecs import make_codec
 from potluck.swarm.data import check_may_read
 from potluck.swarm.layout import Layout
 from potluck.swarm.model import skeleton
+from potluck.swarm.phases import PULL_SHARE
 from potluck.swarm.stage import stage_layout, stage_names, stage_parameters
 from potluck.swarm.state import state_bytes
 
@@ -80,13 +83,14 @@ def check_up(home: Home, invite: Invite | None, settings: PeerSettings, speed: B
     tell("looking at this machine")
     facts = look(home, settings)
     if facts.home.problem is None and facts.device is not None:
-        facts = _with_speed(facts, home, speed, tell)
+        facts = replace(_with_speed(facts, home, speed, tell), line=LineCache(home.path).get())
     found = machine_findings(facts)
     if invite is None:
-        return Report(found, facts, None)
+        return Report([*found, *line_findings(facts.line)], facts, None)
     if not facts.can_host:
         return Report(found, facts, recommend(None, found, 0))
     asked = _until_stopped(ask_run(home, invite, settings, tell))
+    facts = _with_line(facts, home, asked.network)
     found += network_findings(asked.network)
     run = None
     if asked.manifest is not None:
@@ -223,6 +227,20 @@ def _with_speed(facts: MachineFacts, home: Home, benchmark: Benchmark, tell: Tel
     return replace(facts, speed=speed)
 
 
+def _with_line(facts: MachineFacts, home: Home, network: NetworkFacts) -> MachineFacts:
+    """What was measured now, beside what is known from before. A cap of our own says nothing of the line."""
+    up, down, old = network.upload, network.download, facts.line
+    upload = up.bytes / up.seconds if up and not up.capped else old.upload if old else None
+    download = down.bytes / down.seconds if down and down.bytes else old.download if old else None
+    nat = network.nat.mapping if network.nat else old.nat if old else None
+    if (upload, download, nat) == (None, None, None):
+        return facts
+    line = Line(upload, download, nat, time.time())
+    with suppress(UserError):  # a full disk is another finding
+        LineCache(home.path).put(line)
+    return replace(facts, line=line)
+
+
 # ---- the run on this machine --------------------------------------------------------------------------------------
 
 
@@ -231,7 +249,7 @@ def weigh(asked: Asked, manifest: Manifest, machine: MachineFacts, settings: Pee
     spec, data, training, rounds = manifest.model, manifest.data, manifest.training, manifest.rounds
     names, has_velocity = stage_names(spec.stages), manifest.outer.momentum > 0
     module, problem, parameters = names[0] if spec.stages == 1 else asked.module, asked.problem, 0
-    state = checkpoints = contributions = memory = snapshot = size = 0
+    state = checkpoints = contributions = memory = snapshot = size = blob = 0
     try:
         device = choose_device(settings.device)
         if spec.stages == 1:
@@ -251,7 +269,8 @@ def weigh(asked: Asked, manifest: Manifest, machine: MachineFacts, settings: Pee
             state = state_bytes(layout, has_velocity)
             saved = state + (4 * size if codec.has_residual else 0)
             checkpoints = (settings.keep_checkpoints + 1) * saved  # one is written before the oldest goes
-            contributions = (rounds.retain + 2) * rounds.group_size * codec.max_bytes(layout)
+            blob = codec.max_bytes(layout)
+            contributions = (rounds.retain + 2) * rounds.group_size * blob
     except PotluckError as error:
         problem = problem or error
     own = manifest.organizer == machine.home.peer
@@ -277,6 +296,9 @@ def weigh(asked: Asked, manifest: Manifest, machine: MachineFacts, settings: Pee
         contribution_bytes=contributions,
         snapshot_bytes=snapshot,
         memory_bytes=memory,
+        blob_bytes=blob,
+        pull_seconds=PULL_SHARE * rounds.exchange_seconds,
+        upload_cap=settings.network.upload,
     )
 
 

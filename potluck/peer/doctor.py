@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final, Literal
 
 from packaging.specifiers import SpecifierSet
@@ -28,6 +29,7 @@ from potluck.net.nat import NatKind
 from potluck.peer.benchmark import Speed
 from potluck.peer.facts import HomeFacts, MachineFacts, NetworkFacts, Package, RunFacts, Upload
 from potluck.peer.hardware import Machine
+from potluck.peer.line_cache import Line
 
 #: A worker and its libp2p daemon before any model (0.6 GB), and what the system needs to stay alive.
 PEER_BYTES: Final = 10**9
@@ -364,7 +366,35 @@ def _nat(nat: NatKind) -> Finding:
 
 def run_findings(run: RunFacts, machine: MachineFacts) -> list[Finding]:
     """What this run asks of this machine."""
-    return [_run(run), *_model(run), *_extras(run), _data(run), _run_disk(run, machine), *_pace(run, machine.speed)]
+    found = [_run(run), *_model(run), *_extras(run), _data(run), _run_disk(run, machine), *_pace(run, machine.speed)]
+    return [*found, *_uplink(run, machine.line)]
+
+
+def _uplink(run: RunFacts, line: Line | None) -> list[Finding]:
+    """Whether others can have this peer's contribution in time."""
+    measured = line.upload if line and line.upload else math.inf
+    most = min(measured, run.upload_cap or math.inf)
+    if math.isinf(most) or not run.blob_bytes:
+        return []
+    needed = run.blob_bytes / run.pull_seconds
+    what = "the upload limit" if run.upload_cap == most else "the line's upload"
+    seen = f"a contribution has {run.blob_bytes / 1e6:.2f} MB at most, to be had in {run.pull_seconds:.1f} s: it takes "
+    seen += f"{needed / 1e6:.2f} MB/s, and {what} is {most / 1e6:.2f} MB/s"
+    if needed <= most:
+        return [Finding("uplink", "ok", seen)]
+    fix = "raise --upload-limit" if run.upload_cap == most else "join a run with another codec or a longer exchange"
+    return [Finding("uplink", "warn", seen, f"{fix}; rounds are sat out otherwise")]
+
+
+def line_findings(line: Line | None) -> list[Finding]:
+    """Of a line that was measured before."""
+    if line is None:
+        return []
+    rates = (("upload", line.upload), ("download", line.download))
+    told = [f"{name} {rate / 1e6:.1f} MB/s" for name, rate in rates if rate is not None]
+    told += [f"NAT: {line.nat}"] if line.nat else []
+    when = datetime.fromtimestamp(line.measured_at).strftime("%Y-%m-%d %H:%M")
+    return [Finding("line", "ok", f"{', '.join(told)}; measured {when}, and again with an INVITE")]
 
 
 def _run(run: RunFacts) -> Finding:
@@ -457,8 +487,9 @@ def recommend(run: RunFacts | None, findings: Sequence[Finding], free_bytes: int
     if run.validates:
         why = "the run's manifest trusts this home's peer as a validator"
         return Recommendation("validator", why, command="potluck validate INVITE")
-    slow = any(one.name == "pace" and one.status == "warn" for one in findings)
-    hint = ", but it may be too slow to finish a step within a round" if slow else ""
+    warned = {one.name for one in findings if one.status == "warn"}
+    hint = ", but it may be too slow to finish a step within a round" if "pace" in warned else ""
+    hint += ", but its upload is too slow for a contribution within a round" if "uplink" in warned else ""
     if run.stages == 1:
         why = f"the whole model fits on this machine{hint}"
         return Recommendation("whole", why, module=run.module, command="potluck join INVITE")

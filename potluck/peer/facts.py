@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from potluck.errors import PotluckError
@@ -10,6 +11,7 @@ from potluck.net.autonat import DialBack
 from potluck.net.nat import NatKind
 from potluck.peer.benchmark import Speed
 from potluck.peer.hardware import Machine
+from potluck.peer.line_cache import Line
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class MachineFacts:
     speed: Speed | None = None
     speed_problem: str | None = None
     unmeasured: str = ""
+    #: As it was measured last.
+    line: Line | None = None
 
     @property
     def can_host(self) -> bool:
@@ -120,6 +124,7 @@ class RunFacts:
     """A run as this machine would join it. Of a pipeline `module` is the stage where one more is missed most, of those
     that fit, and `problem` says why none does; else `problem` is why the whole model does not fit.
 
+    One contribution has `blob_bytes` at most, and is to be had within `pull_seconds`; `upload_cap`: our own limit.
     `step_tokens` are trained in `train_seconds` at least once, or a round is lost. `state_bytes` are downloaded at
     joining, `checkpoint_bytes` are kept, and `contribution_bytes` at most for those who catch up. `snapshot_bytes`:
     main memory for a snapshot of another stage, beside the module's own `memory_bytes`.
@@ -145,3 +150,6 @@ class RunFacts:
     contribution_bytes: int
     snapshot_bytes: int
     memory_bytes: int
+    blob_bytes: int = 0
+    pull_seconds: float = math.inf
+    upload_cap: float | None = None

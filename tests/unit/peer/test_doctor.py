@@ -29,6 +29,7 @@ from potluck.peer.checkup import look_at_home, p2pd_problem, weigh
 from potluck.peer.doctor import (
     Finding,
     exit_code,
+    line_findings,
     machine_findings,
     network_findings,
     reachability,
@@ -40,6 +41,7 @@ from potluck.peer.doctor import (
 from potluck.peer.facts import Dialled, Download, HomeFacts, MachineFacts, NetworkFacts, Package, RunFacts, Upload
 from potluck.peer.hardware import Accelerator, Machine
 from potluck.peer.home import Home
+from potluck.peer.line_cache import Line, LineCache
 from potluck.peer.probe import Asked, sample
 from potluck.peer.settings import PeerSettings
 
@@ -528,3 +530,43 @@ def test_a_sample_of_a_download_is_a_few_verified_chunks_of_what_is_there() -> N
     small = Served({str(ChunkList.of([b"ab"]).blob_id): b"ab"})
     nothing, why = sampled(small, *small.blobs)
     assert nothing is None and "too little" in why and small.asked == 0
+
+
+# ---- the line ------------------------------------------------------------------------------------------------------
+
+UPLOADING = replace(RUN, blob_bytes=1_000_000, pull_seconds=2.0)
+
+
+@pytest.mark.parametrize(
+    ("cap", "line", "status", "says"),
+    [
+        (None, Line(2e6, None, None, 0.0), "ok", "the line's upload is 2.00 MB/s"),
+        (None, Line(1e5, None, None, 0.0), "warn", "the line's upload is 0.10 MB/s"),
+        (1e5, Line(2e6, None, None, 0.0), "warn", "the upload limit is 0.10 MB/s"),
+        (1e6, None, "ok", "the upload limit is 1.00 MB/s"),
+    ],
+)
+def test_an_upload_that_is_too_slow_for_a_contribution_is_told(
+    cap: float | None, line: Line | None, status: str, says: str
+) -> None:
+    run = replace(UPLOADING, upload_cap=cap)
+    found = run_findings(run, replace(FACTS, line=line))
+    uplink = one(found, "uplink")
+    assert (uplink.status, says in uplink.seen, "0.50 MB/s" in uplink.seen) == (status, True, True)
+    assert ("upload is too slow" in recommend(run, found, 24 * GB).why) == (status == "warn")
+
+
+def test_nothing_is_told_of_a_line_that_was_never_measured() -> None:
+    assert not [finding for finding in run_findings(UPLOADING, FACTS) if finding.name == "uplink"]
+    assert line_findings(None) == []
+    (told,) = line_findings(Line(1.5e6, None, "many", 0.0))
+    assert "upload 1.5 MB/s, NAT: many; measured 1970" in told.seen
+
+
+def test_a_line_is_kept_for_its_machine(tmp_path: Path) -> None:
+    cache = LineCache(tmp_path)
+    assert cache.get() is None
+    cache.put(Line(1.0, 2.0, "one", 3.0))
+    assert LineCache(tmp_path).get() == Line(1.0, 2.0, "one", 3.0)
+    (tmp_path / "line.json").write_text("{")
+    assert cache.get() is None

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from potluck.cli.display import LivePeer, PlainPeer
+from potluck.cli.display import PlainPeer
+from potluck.cli.live_panel import LivePeer
 from potluck.cli.options import parse_bytes
 from potluck.errors import UserError
 

@@ -101,18 +101,28 @@ def check_up(home: Home, invite: Invite | None, settings: PeerSettings, speed: B
 
 
 def _until_stopped(asking: Coroutine[Any, Any, Asked]) -> Asked:
-    """Ctrl-C and SIGTERM end the host in order."""
+    """Ctrl-C and SIGTERM end the host in order. Whatever that ends with then, it was stopped."""
+    stopped = False
 
     async def go() -> Asked:
         me = asyncio.current_task()
         assert me
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, me.cancel)
+
+        def stop() -> None:
+            nonlocal stopped
+            stopped = True
+            me.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop)
         return await asking
 
     try:
         return asyncio.run(go())
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+    except (asyncio.CancelledError, Exception):
+        if stopped:
+            raise KeyboardInterrupt from None
+        raise
 
 
 # ---- this machine -------------------------------------------------------------------------------------------------

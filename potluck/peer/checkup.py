@@ -246,8 +246,9 @@ def _with_line(facts: MachineFacts, home: Home, network: NetworkFacts) -> Machin
     if (upload, download, nat) == (None, None, None):
         return facts
     line = Line(upload, download, nat, time.time())
-    with suppress(UserError):  # a full disk is another finding
-        LineCache(home.path).put(line)
+    if home.key_path.exists():  # nothing is left in a home that is not one yet
+        with suppress(UserError):  # a full disk is another finding
+            LineCache(home.path).put(line)
     return replace(facts, line=line)
 
 

@@ -47,7 +47,8 @@ from potluck.dht.template import preset_draft
 from potluck.net.identity import Identity
 from potluck.peer.build import rules_of
 from potluck.peer.home import Home, RunFolder
-from potluck.peer.telemetry import Telemetry, interval_seconds
+from potluck.peer.intervals import interval_seconds
+from potluck.peer.telemetry import Telemetry
 
 ROUND_SECONDS: Final = 60.0
 STAGES: Final = 4

@@ -55,10 +55,10 @@ def set_(
 
     Example:  potluck limits set download=10MB runs.k3f9.download=2MB
     """
-    from msgspec import MsgspecError, convert, to_builtins
+    from msgspec import to_builtins
 
-    from potluck.peer.home import Home, default_home, write_atomically
-    from potluck.peer.limits import FILE, Limits, RunLimits, limits_toml, parse_limits, read_limits
+    from potluck.peer.home import Home, default_home
+    from potluck.peer.limits import Limits, RunLimits, limits_of, limits_toml, read_limits, write_limits
 
     where = Home(home or default_home()).open()
     values = to_builtins(read_limits(where.path))
@@ -77,15 +77,9 @@ def set_(
             names = [*default, *(f"runs.PREFIX.{one}" for one in default_of_run)]
             names.remove("runs")
             raise UserError(f"{change!r}: give NAME=VALUE; names are {', '.join(names)}")
-    try:
-        limits = convert(values, Limits)
-    except MsgspecError as error:
-        what, _, at = str(error).partition(" - at ")
-        raise UserError(f"{at.strip('`$.')}: {what}") from None
-    text = limits_toml(limits)
-    parse_limits(text.encode())  # also the times
-    write_atomically(where.path / FILE, text.encode())
-    print(json.dumps(to_builtins(limits)) if as_json else text or "all limits are the defaults")
+    limits = limits_of(values)
+    write_limits(where.path, limits)
+    print(json.dumps(to_builtins(limits)) if as_json else limits_toml(limits) or "all limits are the defaults")
 
 
 def _value(name: str, text: str, default: object) -> object:

@@ -7,16 +7,17 @@ work goes on, and by which rule it does not. A rule that cannot be sensed on thi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
 from potluck.errors import UserError
+from potluck.peer.home import write_atomically
 
 DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _SPAN = re.compile(r"(?:(?P<days>[a-z,\- ]+?)\s+)?(?P<start>\d\d?:\d\d)\s*-\s*(?P<stop>\d\d?:\d\d)", re.IGNORECASE)
@@ -278,8 +279,17 @@ FILE: Final = "limits.toml"
 
 def parse_limits(text: bytes) -> Limits:
     """Of `limits.toml`. Raises UserError, naming the setting."""
+    return _checked(lambda: msgspec.toml.decode(text, type=Limits))
+
+
+def limits_of(values: Mapping[str, Any]) -> Limits:
+    """Of plain values by name. Raises UserError, naming the setting."""
+    return _checked(lambda: msgspec.convert(values, Limits))
+
+
+def _checked(decode: Callable[[], Limits]) -> Limits:
     try:
-        limits = msgspec.toml.decode(text, type=Limits)
+        limits = decode()
     except (msgspec.MsgspecError, ValueError) as error:
         what, _, name = str(error).partition(" - at `$.")
         raise UserError(f"{name.strip('`')}: {what}" if name else what) from None
@@ -297,6 +307,13 @@ def read_limits(home: Path) -> Limits:
         raise UserError(f"{home / FILE}: {error}; edit it, or remove it for the defaults") from None
     except OSError as error:
         raise UserError(f"{home / FILE} cannot be read: {error.strerror}") from None
+
+
+def write_limits(home: Path, limits: Limits) -> None:
+    """Raises UserError where that fails, or could not be read again; then the old ones stay."""
+    text = limits_toml(limits).encode()
+    parse_limits(text)
+    write_atomically(home / FILE, text)
 
 
 def limits_toml(limits: Limits) -> str:

@@ -24,21 +24,12 @@ from potluck.net.host import PeerId
 from potluck.net.identity import Identity
 from potluck.net.pubsub import Control, Message, publish, subscribe
 from potluck.peer.history import MAX_PEERS, History
+from potluck.peer.intervals import LEAST_SECONDS, SELDOMEST_SECONDS, interval_seconds, lasting_seconds
 from potluck.swarm.phases import RoundClock
 from potluck.swarm.presence import Role
 
 Emit = Callable[..., None]
 
-#: Between two heartbeats of one peer, whatever its rounds are.
-LEAST_SECONDS: Final = 2.0
-MOST_SECONDS: Final = 30.0
-#: Made-up senders must not silence the others for longer.
-SELDOMEST_SECONDS: Final = 300.0
-#: Of all peers together: about 0.4 kB each, passed on to gossipsub's six neighbours, are 12 kB/s.
-ALL_PER_SECOND: Final = 5.0
-#: A heartbeat is believed for so many intervals, and for so long at least: clocks differ.
-LASTS_INTERVALS: Final = 3
-LASTS_SECONDS: Final = 60.0
 MAX_AHEAD_SECONDS: Final = 3600.0
 #: In nats per token; what is more is no loss, and `Heartbeat` refuses it.
 MAX_LOSS: Final = 1e6
@@ -60,12 +51,6 @@ WRITE_SECONDS: Final = 0.2
 
 def topic_of(run_id: RunId) -> str:
     return f"potluck/1/{run_id}/heartbeats"
-
-
-def interval_seconds(round_seconds: float, peers: int) -> float:
-    """Between two heartbeats, where `peers` are heard: once a round, more seldom the more they are."""
-    seconds = max(min(MOST_SECONDS, max(LEAST_SECONDS, round_seconds)), peers / ALL_PER_SECOND)
-    return min(seconds, SELDOMEST_SECONDS)
 
 
 class Vitals:
@@ -223,14 +208,13 @@ class Telemetry:
         while True:
             now = self._now()
             self._present = {peer: at for peer, at in self._present.items() if now - at < 2 * SELDOMEST_SECONDS}
-            interval = self._interval
-            lasts = max(LASTS_SECONDS, LASTS_INTERVALS * interval)
+            lasts = lasting_seconds(self._round_seconds, len(self._present))
             try:
                 data = encode(describe(), identity, self._run_id, now + min(lasts, MAX_AHEAD_SECONDS / 2))
                 await publish(self._control, topic_of(self._run_id), data)
             except (NetworkError, RejectedRecord) as error:
                 self._emit("peer.heartbeat.failed", error=str(error))
-            await asyncio.sleep(interval * random.uniform(0.8, 1.2))
+            await asyncio.sleep(self._interval * random.uniform(0.8, 1.2))
 
     async def _write(self) -> None:
         """What cannot be written is forgotten: a full disk must not stop a peer. It is told once."""

@@ -28,8 +28,13 @@ def tree_sum(values: npt.NDArray[np.float64]) -> float:
     return float(values[0])
 
 
-def norm(values: npt.NDArray[np.float32]) -> float:
-    """Euclidean norm. Squares of float32 are exact in float64; the square root is correctly rounded (IEEE 754)."""
+def square_sum(values: npt.NDArray[np.float32]) -> float:
+    """Squares of float32 are exact in float64."""
     squares = values.astype(np.float64)
     np.multiply(squares, squares, out=squares)
-    return math.sqrt(tree_sum(squares))
+    return tree_sum(squares)
+
+
+def norm(values: npt.NDArray[np.float32]) -> float:
+    """Euclidean norm. The square root is correctly rounded (IEEE 754)."""
+    return math.sqrt(square_sum(values))

@@ -26,7 +26,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from potluck.swarm.exact import tree_sum
+from potluck.swarm.exact import square_sum
 from potluck.swarm.layout import Flat
 
 #: Rows of a slab for 16 contributions take 16 MiB.
@@ -115,7 +115,7 @@ def nearest(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Fl
         rows = slab(part)
         for one in range(n):
             for other in range(one):
-                away[one, other] += _squares(rows[one] - rows[other])
+                away[one, other] += square_sum(rows[one] - rows[other])
     away += away.T
     order = np.argsort(away, axis=1, kind="stable")[:, :kept]
     spread = [math.fsum(away[one, order[one]]) for one in range(n)]
@@ -141,14 +141,8 @@ def distances(slab: Slab, size: int, n: int, point: Flat) -> list[float]:
     squares = [0.0] * n
     for part in slabs(size):
         for number, row in enumerate(slab(part)):
-            squares[number] += _squares(row - point[part])
+            squares[number] += square_sum(row - point[part])
     return [math.sqrt(one) for one in squares]
-
-
-def _squares(values: Flat) -> float:
-    wide = values.astype(np.float64)
-    np.multiply(wide, wide, out=wide)
-    return tree_sum(wide)
 
 
 def _lower_median(values: Sequence[float]) -> float:

@@ -13,8 +13,7 @@ from potluck.errors import IdentityError, PotluckError, UserError
 from potluck.net.host import PeerId
 from potluck.net.identity import Identity
 from potluck.peer.control import ask
-from potluck.peer.home import write_atomically
-from potluck.peer.limits import FILE, Limits, limits_toml, parse_limits, read_limits
+from potluck.peer.limits import Limits, limits_of, read_limits, write_limits
 from potluck.peer.supervisor import Supervisor
 
 #: A worker that is busy is not waited for: the page says what the daemon knows.
@@ -105,15 +104,9 @@ def change_limits(home: Path, changes: dict[str, Any]) -> Limits:
         if name not in values:
             raise UserError(f"{name}: there is no such limit")
         values[name] = default[name] if value is None else _whole(value)
-    try:
-        limits = msgspec.convert(values, Limits)
-    except msgspec.ValidationError as error:
-        what, _, name = str(error).partition(" - at `$.")
-        raise UserError(f"{name.strip('`')}: {what}" if name else what) from None
-    text = limits_toml(limits).encode()
-    checked = parse_limits(text)
-    write_atomically(home / FILE, text)
-    return checked
+    limits = limits_of(values)
+    write_limits(home, limits)
+    return limits
 
 
 def _whole(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Final
 
 from potluck.dht.manifest import Manifest, RunId
 from potluck.peer.history import Heard, PeerPoint, Point
+from potluck.peer.intervals import lasting_seconds
 from potluck.peer.web.models import Curve, Module, Peer, Replica, RunState, Said
 
 #: Rounds that each live event repeats.
@@ -35,12 +36,6 @@ class About:
         return cls(run, manifest.name, manifest.model.family, manifest.rounds.seconds, stages, validators)
 
 
-def silent_seconds(round_seconds: float, peers: int) -> float:
-    """After so long without a heartbeat a peer is no longer here: three of its intervals, which grow with the number
-    of peers (`telemetry.interval_seconds`, which is not imported: it would bring torch into the daemon)."""
-    return max(60.0, 3 * max(min(30.0, max(2.0, round_seconds)), peers / 5))
-
-
 def clean(text: str) -> str:
     """A stranger's text without what turns, hides or breaks lines."""
     return "".join(sign for sign in text if sign.isprintable()).strip()
@@ -49,7 +44,7 @@ def clean(text: str) -> str:
 def here(peers: Sequence[Heard], round_seconds: float, now: float) -> list[Heard]:
     """Those that were heard just now."""
     recent = sum(now - peer.last <= 3600 for peer in peers)
-    return [peer for peer in peers if now - peer.last <= silent_seconds(round_seconds, recent)]
+    return [peer for peer in peers if now - peer.last <= lasting_seconds(round_seconds, recent)]
 
 
 def curve_of(points: Sequence[Point], every: int = 1) -> Curve:

@@ -20,7 +20,8 @@ from potluck.dht.records import MAX_RECORD_BYTES, Heartbeat, RejectedRecord, dec
 from potluck.net.host import PeerId
 from potluck.net.identity import Identity
 from potluck.net.pubsub import Message
-from potluck.peer.telemetry import HEARD_PER_SECOND, PEER_BURST, Ear, Telemetry, Vitals, interval_seconds
+from potluck.peer.intervals import interval_seconds
+from potluck.peer.telemetry import HEARD_PER_SECOND, PEER_BURST, Ear, Telemetry, Vitals
 from potluck.swarm.phases import RoundClock
 
 RUN, OTHER = RunId("a" * 64), RunId("b" * 64)

@@ -18,6 +18,7 @@ from potluck.net.host import PeerId
 from potluck.peer import telemetry
 from potluck.peer.history import Heard, History, PeerPoint, Point
 from potluck.peer.home import Home, RunFolder
+from potluck.peer.intervals import lasting_seconds
 from potluck.peer.web import watch as watching
 from potluck.peer.web.views import (
     SHOWN,
@@ -28,7 +29,6 @@ from potluck.peer.web.views import (
     peer_view,
     run_state,
     said_by,
-    silent_seconds,
     uptime,
 )
 from potluck.peer.web.watch import Kept, Watch
@@ -51,7 +51,7 @@ def point(round_: int, loss: float | None = 2.0, speed: float = 100.0) -> Point:
 
 @given(st.floats(2, 86400), st.integers(0, 100_000))
 def test_who_sends_as_often_as_peers_do_is_never_taken_for_gone(seconds: float, peers: int) -> None:
-    assert silent_seconds(seconds, peers) >= 3 * telemetry.interval_seconds(seconds, peers)
+    assert lasting_seconds(seconds, peers) >= 3 * telemetry.interval_seconds(seconds, peers)
 
 
 def test_who_was_not_heard_for_three_intervals_is_away() -> None:

@@ -35,8 +35,9 @@ from rich.table import Table
 
 from potluck.errors import CodecError
 from potluck.net.host import PeerId
-from potluck.swarm.aggregate import RULE_NAMES, Contribution, Dense, aggregate, token_weights
+from potluck.swarm.aggregate import RULE_NAMES, aggregate, token_weights
 from potluck.swarm.codecs import make_codec
+from potluck.swarm.contribution import Contribution, Dense
 from potluck.swarm.data import Corpus, load_corpus
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalTrainer

@@ -52,6 +52,7 @@ def applied(
         )
     weights = dict.fromkeys(deltas, 1 / len(deltas))
     update = aggregate(view.contributions, weights, before.layout, clip=clip)
+    update = codec.update_of(update, before.layout)
     theta, velocity = outer.apply(before.theta, before.velocity, update, before.round)
     history = before.history + len(deltas)
     after = ReplicaState(before.module, before.layout, Round(before.round + 1), theta, velocity, history)

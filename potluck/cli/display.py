@@ -44,6 +44,8 @@ def round_line(event: Event) -> str:
         note += f" ({len(event['missing'])} missing)"
     if not event["agree"]:
         note += " (digests differ: state reloaded or drift averaged)"
+    if event.get("beside"):
+        note += f" ({event['utilization']:.0%} of the time in steps)"
     rate = event["tokens"] / max(1e-9, event["seconds"]["train"])
     return (
         f"round {event['round']:>5}  loss {event['loss']:.4f}  {rate:>8,.0f} tokens/s  "

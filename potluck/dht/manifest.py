@@ -150,6 +150,10 @@ class DataPart(_Part):
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the samples' assignment to peers")
 
 
+#: Codecs whose contributions are aggregated in slices: those with a value for every parameter.
+SLICED_CODECS = ("none", "int8", "int4")
+
+
 class RoundsPart(_Part):
     """How replicas meet: a round is a slice of time, the same for every peer."""
 
@@ -158,7 +162,13 @@ class RoundsPart(_Part):
     group_size: int = Field(default=16, ge=2, le=256, description="replicas that average with each other")
     exchange_seconds: float = Field(
         gt=0,
-        description="end of the round kept for commit, pull and apply, in seconds; less than half a round",
+        description="end of the round kept for commit, pull and apply, in seconds; less than half a round, with "
+        "overlap less than a round",
+    )
+    exchange: Literal["whole", "sliced"] = Field(
+        default="whole",
+        description="whole: each peer pulls all contributions; sliced, for the codecs none, int8 and int4 without "
+        "validators: each aggregates a part for all, and receives about twice a contribution however large the group",
     )
     retain: int = Field(default=6, ge=2, le=1000, description="rounds for which contributions stay available")
     fragments: int = Field(
@@ -171,17 +181,25 @@ class RoundsPart(_Part):
         description="with several groups: a peer farther from its group than this times the drift that F outer "
         "steps explain loads the group's state",
     )
-    overlap: Literal[False] = Field(
-        default=False, description="train the next round while this one is exchanged (not yet available)"
+    overlap: bool = Field(
+        default=False,
+        description="train the next round while this one is exchanged: an update lands late by exchange_seconds; "
+        "for data-parallel runs without validators",
+    )
+    stream: int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="parts that the tensors are exchanged in, one each round: contributions are as many times smaller; "
+        "1 exchanges all in every round; for data-parallel runs without validators",
     )
 
     @model_validator(mode="after")
     def _exchange_fits(self) -> Self:
-        if self.exchange_seconds >= self.seconds / 2:
-            raise ValueError(
-                f"exchange_seconds is {self.exchange_seconds:g}, allowed less than half of rounds.seconds "
-                f"({self.seconds / 2:g})"
-            )
+        most = self.seconds if self.overlap else self.seconds / 2
+        if self.exchange_seconds >= most:
+            of = "rounds.seconds with rounds.overlap" if self.overlap else "half of rounds.seconds"
+            raise ValueError(f"exchange_seconds is {self.exchange_seconds:g}, allowed less than {of} ({most:g})")
         return self
 
 
@@ -324,6 +342,21 @@ class ManifestDraft(_Part):
         layers = self.model.config.get("num_hidden_layers")
         if isinstance(layers, int) and self.model.stages > layers:
             raise ValueError(f"model.stages is {self.model.stages}, allowed at most the number of layers ({layers})")
+        for name, used, why in (
+            ("overlap", self.rounds.overlap, "samples that they can check follow from a state that has not landed yet"),
+            ("stream", self.rounds.stream > 1, "they judge whole contributions"),
+        ):
+            if used and self.model.stages > 1:
+                raise ValueError(f"rounds.{name} is for data-parallel runs: model.stages must be 1")
+            if used and self.incentives.validators:
+                raise ValueError(f"rounds.{name} does not go with incentives.validators: {why}")
+        if self.rounds.stream > 1 and self.rounds.exchange != "whole":
+            raise ValueError('rounds.stream goes with rounds.exchange "whole" only')
+        if self.rounds.exchange == "sliced" and (self.codec.name not in SLICED_CODECS or self.incentives.validators):
+            raise ValueError(
+                f"rounds.exchange is sliced, allowed with codec.name {', '.join(SLICED_CODECS)} and without "
+                "incentives.validators, who look at whole contributions"
+            )
         return self
 
     def finish(

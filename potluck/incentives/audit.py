@@ -22,8 +22,9 @@ from potluck.incentives.ledger import Ledger
 from potluck.incentives.validator import Before, Terms, checked_claim, credit, opinions_in, payable
 from potluck.net.blobs import BlobId, BlobStore
 from potluck.net.host import PeerId
-from potluck.swarm.aggregate import Contribution, aggregate
+from potluck.swarm.aggregate import aggregate
 from potluck.swarm.codecs import Codec
+from potluck.swarm.contribution import Contribution
 from potluck.swarm.layout import Layout
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.ownership import owned_by
@@ -208,6 +209,7 @@ def _step(
     if not contributions:
         return state.at_round(round_)
     update = aggregate(contributions, weights, rules.layout, clip=rules.clip, steered=steered)
+    update = rules.codec.update_of(update, rules.layout)
     theta, velocity = rules.outer.apply(state.theta, state.velocity, update, state.round)
     return ReplicaState(state.module, rules.layout, round_, theta, velocity, state.history + len(contributions))
 

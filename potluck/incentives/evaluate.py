@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from potluck.net.host import PeerId
-from potluck.swarm.aggregate import Contribution, Dense, Sparse
+from potluck.swarm.contribution import Contribution, Dense, Sparse
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.model import next_token_loss
 

@@ -32,8 +32,10 @@ from potluck.incentives.evaluate import (
 from potluck.incentives.rating import Rating, rate
 from potluck.incentives.score import Observation, Score, advance, fits_well, remembered, score, shares
 from potluck.net.host import PeerId
-from potluck.swarm.aggregate import Contribution, clipped, median_norms, token_weights, weighted_median
+from potluck.swarm.aggregate import clipped, median_norms, token_weights, weighted_median
 from potluck.swarm.agreement import network_at_fault
+from potluck.swarm.codecs import Codec
+from potluck.swarm.contribution import Contribution, Dense
 from potluck.swarm.data import Corpus
 from potluck.swarm.layout import Flat
 from potluck.swarm.phases import Round
@@ -157,11 +159,12 @@ class Judge:
         corpus: Corpus,
         assigned: Assignment,
         *,
+        codec: Codec | None = None,
         clip: bool = True,
         testable: bool = True,
     ) -> None:
         self.run_id, self.me, self._evaluator, self._corpus, self._assigned = run_id, me, evaluator, corpus, assigned
-        self._clip, self._testable = clip, testable
+        self._codec, self._clip, self._testable = codec, clip, testable
         self.standings: dict[PeerId, Standing] = {}
         #: The last round's contributions: copies are looked for among them.
         self._last: dict[PeerId, Contribution] = {}
@@ -181,7 +184,7 @@ class Judge:
         layout = self._evaluator.layout
         medians = median_norms(seen.contributions, seen.weights, layout, seen.steered) if self._clip else None
         taken = sorted(seen.contributions.keys() - refused.keys())
-        usable = {peer: clipped(seen.contributions[peer], medians, layout) for peer in taken}
+        usable = {peer: self._applied(clipped(seen.contributions[peer], medians, layout)) for peer in taken}
         tokens = self._random_windows(seen.beacon, effort.windows)
         path = path_credit(self._evaluator, tokens, seen.theta, seen.next_theta, usable, proof=PROOF_WINDOWS)
         alike = self._alike({peer: seen.contributions[peer] for peer in usable}, seen.round)
@@ -254,6 +257,13 @@ class Judge:
         """The credit of a round's whole step on the data with which another validator proves that it evaluated."""
         tokens = self._random_windows(seen.beacon, PROOF_WINDOWS, validator)
         return path_credit(self._evaluator, tokens, seen.theta, seen.next_theta, {}, max_points=2, proof=PROOF_WINDOWS)
+
+    def _applied(self, one: Contribution) -> Contribution:
+        """What a contribution does to parameters: of most codecs it says just that."""
+        if self._codec is None or not self._codec.transforms:
+            return one
+        layout = self._evaluator.layout
+        return Dense(self._codec.update_of(at(one, np.arange(layout.size), layout.size), layout))
 
     # ---- fast checks ----------------------------------------------------------------------------------------
 

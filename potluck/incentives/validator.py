@@ -22,7 +22,7 @@ from potluck.incentives.score import POWER, remembered
 from potluck.incentives.steering import LAG_ROUNDS, Opinions, consensus, opinions_of
 from potluck.net.blobs import BlobId, BlobStore
 from potluck.net.host import PeerId
-from potluck.swarm.aggregate import Contribution
+from potluck.swarm.contribution import Contribution
 from potluck.swarm.follower import Applied
 from potluck.swarm.ownership import owned_by
 from potluck.swarm.phases import Round, RoundClock

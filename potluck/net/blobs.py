@@ -10,6 +10,7 @@ A blob of one chunk takes one round trip: its only hash is computed from what ca
 
 from __future__ import annotations
 
+import asyncio
 import bisect
 import errno
 import logging
@@ -539,13 +540,59 @@ def _disk_error(error: OSError, path: Path) -> PotluckError:
 # --- serving
 
 
+class _Turns:
+    """Of those who want one blob."""
+
+    #: Peers that it is sent to at once.
+    MOST = 2
+
+    def __init__(self) -> None:
+        self._had: Counter[PeerId] = Counter()
+        #: Answers under way, by peer.
+        self._busy: Counter[PeerId] = Counter()
+        self._waiting: list[tuple[PeerId, asyncio.Future[None]]] = []
+
+    async def take(self, peer: PeerId) -> None:
+        if self._busy[peer] or len(self._busy) < self.MOST:
+            self._busy[peer] += 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((peer, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give_back(peer, 0)
+            raise
+        finally:
+            self._waiting = [one for one in self._waiting if one[1] is not turn]
+
+    def give_back(self, peer: PeerId, size: int) -> bool:
+        """Whether nobody is served or waits any more."""
+        self._had[peer] += size
+        self._busy[peer] -= 1
+        if not self._busy[peer]:
+            del self._busy[peer]
+        while self._waiting and len(self._busy) < self.MOST:
+            chosen = max(self._waiting, key=lambda one: self._had[one[0]])[0]
+            for one in [one for one in self._waiting if one[0] == chosen]:
+                self._waiting.remove(one)
+                if not one[1].done():
+                    self._busy[chosen] += 1
+                    one[1].set_result(None)
+        return not self._busy and not self._waiting
+
+
 class BlobService:
     """Answers `blob.list` (a blob's chunk hashes) and `blob.get` (one chunk, or a part of it) from a store.
 
-    A round's contributions, which have a deadline, are urgent; states that joiners load are not."""
+    A round's contributions, which have a deadline, are urgent; states that joiners load are not. A contribution is sent
+    to two peers at once, first to those who have most of it: over a slow line they have it early, and give it to the
+    others while it goes out to the next."""
 
     def __init__(self, rpc: Rpc, store: BlobStore) -> None:
         self._store = store
+        self._turns: dict[BlobId, _Turns] = {}
         rpc.register("blob.list", self._list)
         rpc.register("blob.get", self._get)
 
@@ -567,7 +614,15 @@ class BlobService:
         if not isinstance(start, int) or not isinstance(size, int) or not 0 <= start <= start + size <= len(chunk):
             raise ProtocolError(f"blob.get of a part that a chunk of {len(chunk)} bytes does not have")
         chunk = chunk[start : start + size]
-        return Reply({}, chunk, urgent=not self._store.is_lent(blob_id))
+        if self._store.is_lent(blob_id):
+            return Reply({}, chunk, urgent=False)
+        turns = self._turns.setdefault(blob_id, _Turns())
+        await turns.take(peer)
+        return Reply({}, chunk, on_sent=lambda: self._sent(blob_id, peer, len(chunk)))
+
+    def _sent(self, blob_id: BlobId, peer: PeerId, size: int) -> None:
+        if self._turns[blob_id].give_back(peer, size):
+            del self._turns[blob_id]
 
     def _revealed(self, head: dict[str, Any]) -> BlobId:
         blob_id = head.get("id")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import mmap
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -76,13 +77,15 @@ async def fetch(
     window: int = 4,
     report: FetchReport | None = None,
     may_come: bool = True,
+    indexes: Sequence[int] | None = None,
 ) -> memoryview:
     """The blob's bytes, every chunk verified, from all holders in parallel (`window` requests each).
 
     With `store` the chunks are kept on disk as they come, so that a later fetch resumes, and the blob is in
     the store afterwards. `into` (exactly `ref.size` bytes) receives the data. `report` is filled in, also when
     the fetch fails. `may_come`: a holder that does not have it yet is asked again; without,
-    its word is final. Raises BlobError if `ref.size` exceeds `max_bytes`; BlobUnavailable, with each holder's
+    its word is final. `indexes`: only these chunks, which are not stored; the rest of what is returned is zeros, and
+    takes no memory. Raises BlobError if `ref.size` exceeds `max_bytes`; BlobUnavailable, with each holder's
     reason, if nobody delivers in time; UserError if the store is full. A retry is safe, and resumes with
     `store`.
     """
@@ -92,6 +95,8 @@ async def fetch(
         raise ValueError(f"a buffer of {len(into)} bytes for a blob of {ref.size}")
     if store is not None and store.has(ref.id):
         return _deliver(store.open(ref.id), into)
+    if indexes is not None:
+        store = None
     if ref.size == 0:
         if ChunkList(0, b"").blob_id != ref.id:
             raise BlobError(f"blob {ref.id[:12]} is not empty")
@@ -111,8 +116,8 @@ async def fetch(
         job.chunks = chunks
         target = store.begin_partial(chunks) if store is not None else None
         if store is None or target is None:
-            data = into if into is not None else memoryview(bytearray(ref.size))
-            await job.receive(range(chunk_count(ref.size)), data)
+            data = into if into is not None else _untouched(ref.size)
+            await job.receive(range(chunk_count(ref.size)) if indexes is None else indexes, data)
             return data
         try:
             missing = await asyncio.to_thread(_missing_chunks, chunks, target)
@@ -123,6 +128,14 @@ async def fetch(
             store.pause_partial(ref.id)
     finally:
         await job.cancel(list(job.requests))
+
+
+def _untouched(size: int) -> memoryview:
+    """Memory that is taken page by page as it is written to."""
+    taken = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        taken.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(taken)
 
 
 def _deliver(data: memoryview, into: memoryview | None) -> memoryview:

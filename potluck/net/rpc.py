@@ -57,11 +57,12 @@ LaneName = Literal["small", "bulk"]
 
 class Reply(NamedTuple):
     """An answer. The body belongs to the transport until it is sent: don't write into it before. Under a cap what is
-    not `urgent` goes behind what is."""
+    not `urgent` goes behind what is. `on_sent` hears when it has left, or never will."""
 
     head: dict[str, Any] = {}  # noqa: RUF012 (never modified: a default for replies without a head)
     body: Buffer = b""
     urgent: bool = True
+    on_sent: Callable[[], None] = lambda: None
 
 
 #: (peer, head, body) -> Reply. The body is valid until the handler returns.
@@ -590,10 +591,17 @@ class _ServerLane(_Lane):
             if not deadline.expired():
                 raise
             answer = _ErrorHead("RpcTimeout", "the handler did not finish before the deadline")
-        if self.closed is not None:
-            return
         if isinstance(answer, _ErrorHead):
-            self._send_error(call_id, answer)
+            if self.closed is None:
+                self._send_error(call_id, answer)
+            return
+        try:
+            await self._send_reply(call_id, answer)
+        finally:
+            answer.on_sent()
+
+    async def _send_reply(self, call_id: int, answer: Reply) -> None:
+        if self.closed is not None:
             return
         sent: asyncio.Future[None] = self._loop.create_future()
         item = self.send(Kind.RESPONSE, call_id, _encoder.encode(answer.head), answer.body, sent, answer.urgent)
@@ -842,6 +850,7 @@ class Rpc:
             return _ErrorHead("InternalError", "the handler failed")
         size = memoryview(reply.body).nbytes
         if size > request.max_response_bytes:
+            reply.on_sent()
             text = f"the response has {size} bytes; the caller allows {request.max_response_bytes}"
             return _ErrorHead("ResponseTooLarge", text)
         return reply
@@ -874,6 +883,7 @@ class Rpc:
         if into is not None:
             into[: len(received)] = received
             received = into[: len(received)]
+        answer.on_sent()
         return Reply(_head_decoder.decode(_encoder.encode(answer.head)), received)
 
     def _admit(self, peer: PeerId, size: int) -> bool:

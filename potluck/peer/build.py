@@ -16,7 +16,6 @@ from potluck.swarm.local import LocalTrainer
 from potluck.swarm.model import build_module, count_parameters, transformers_config
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round, RoundClock
-from potluck.swarm.pull import MAX_OF_GROUP_SIZE
 from potluck.swarm.server import Shapes
 from potluck.swarm.stage import Stage, hidden_size, stage_names, stage_parameters
 from potluck.swarm.stage_trainer import StageTrainer
@@ -105,12 +104,11 @@ def memory_needed(manifest: Manifest, device: torch.device, name: str = MODULE) 
     return sum(needed for where, needed in demands(*_size(manifest, name), device) if where.type == "cpu")
 
 
-def _size(manifest: Manifest, name: str) -> tuple[int, str, int]:
-    """What memory goes by: parameters, optimizer, and dense contributions held at once."""
-    dense = 1 if manifest.codec.name == "sparse" else MAX_OF_GROUP_SIZE * manifest.rounds.group_size
+def _size(manifest: Manifest, name: str) -> tuple[int, str]:
+    """What memory goes by: parameters and optimizer."""
     spec = manifest.model
     parameters = stage_parameters(spec)[stage_names(spec.stages).index(name)] if spec.stages > 1 else None
-    return parameters or count_parameters(spec), manifest.training.optimizer, dense
+    return parameters or count_parameters(spec), manifest.training.optimizer
 
 
 def check_vocabulary(corpus: Corpus, module: torch.nn.Module) -> None:
@@ -145,6 +143,8 @@ def rules_of(manifest: Manifest) -> RoundRules:
         clip=manifest.aggregation.clip,
         rule=manifest.aggregation.rule,
         liars=manifest.aggregation.liars,
+        sliced=manifest.rounds.exchange == "sliced",
+        stream=manifest.rounds.stream,
     )
 
 

@@ -134,22 +134,18 @@ def cap_gpu_memory(device: torch.device, most: int) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
 
 
-def demands(
-    parameters: int, optimizer: str, contributions: int, device: torch.device
-) -> list[tuple[torch.device, int]]:
-    """Bytes for parameters, gradients, optimizer and the exchange, and on which device.
-
-    `contributions`: decoded dense contributions that are held while they are aggregated.
-    """
+def demands(parameters: int, optimizer: str, device: torch.device) -> list[tuple[torch.device, int]]:
+    """Bytes for parameters, gradients, optimizer and the exchange, and on which device."""
     on_device = parameters * _BYTES_PER_PARAMETER[optimizer]
-    # The round's base parameters and momentum, those of the next, and the contributions lie in main memory.
-    on_host, host = 4 * parameters * (4 + contributions), torch.device("cpu")
+    # The round's base parameters and momentum, those of the next, the codec's residual and the peer's own contribution
+    # lie in main memory. Those of others lie on disk, and are looked at part by part.
+    on_host, host = 4 * parameters * 6, torch.device("cpu")
     return [(host, on_host + on_device)] if device.type == "cpu" else [(device, on_device), (host, on_host)]
 
 
-def check_fits(parameters: int, optimizer: str, contributions: int, device: torch.device) -> None:
+def check_fits(parameters: int, optimizer: str, device: torch.device) -> None:
     """Raises HardwareError if what a replica `demands` is not free, before anything is built."""
-    for where, needed in demands(parameters, optimizer, contributions, device):
+    for where, needed in demands(parameters, optimizer, device):
         free = free_memory(where)
         if needed > free:
             raise HardwareError(

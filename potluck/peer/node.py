@@ -24,6 +24,7 @@ from potluck.net.identity import Identity
 from potluck.net.line import LineService
 from potluck.net.rpc import Reply, Rpc
 from potluck.peer.home import RunFolder
+from potluck.swarm.slice_board import SliceBoard
 
 Emit = Callable[..., None]
 
@@ -60,6 +61,7 @@ class Node:
     host: GoHost = field(init=False)
     rpc: Rpc = field(init=False)
     store: BlobStore = field(init=False)
+    slices: SliceBoard = field(init=False)
     _dht: DHTNode | None = field(init=False, default=None)
     _manifest: SignedManifest | None = field(init=False, default=None)
     _stack: AsyncExitStack = field(init=False, default_factory=AsyncExitStack)
@@ -85,6 +87,7 @@ class Node:
             self._stack.push_async_callback(self.rpc.close)
             self.store = BlobStore(self.folder.blobs, self.settings.disk_quota, clock=self.clock.now)
             BlobService(self.rpc, self.store)
+            self.slices = SliceBoard(self.rpc)
             LineService(self.rpc)
             self.rpc.register(MANIFEST_METHOD, self._serve_manifest, max_request_bytes=256)
             self.clock.serve(self.rpc)

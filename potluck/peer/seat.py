@@ -31,6 +31,7 @@ from potluck.swarm.data import assigned_offsets, data_seed
 from potluck.swarm.exchange import NetworkExchange
 from potluck.swarm.follower import Follower, Following
 from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.overlap import OverlappedReplica
 from potluck.swarm.phases import PULL_SHARE, Round
 from potluck.swarm.presence import Presence, Role
 from potluck.swarm.rounds import GossipReplica
@@ -82,6 +83,7 @@ class Around:
             keep_states=rounds.retain,
             on_progress=self.on_progress,
             pull_seconds=PULL_SHARE * rounds.exchange_seconds,
+            slices=self.node.slices,
         )
 
     def presence(self, role: Role | None = None) -> Presence:
@@ -132,7 +134,8 @@ class Seat:
         self._tasks: set[asyncio.Task[None]] = set()
         following = around.following(module, self._exchange, self._on_event)
         following["on_state"] = self._on_state
-        self.replica = GossipReplica(
+        kind: type[GossipReplica] = OverlappedReplica if around.manifest.rounds.overlap else GossipReplica
+        self.replica = kind(
             trainer=parts.trainer,
             batches=self._batches,
             held_out=parts.corpus.held_out_batch(EVALUATED_WINDOWS),

@@ -85,9 +85,10 @@ def make_judge(run_id: str, validator: PeerId, manifest: Manifest, whole: Whole,
         return assigned_offsets(seed, MODULE, peer, round_, 0, count, corpus)
 
     evaluator, clip = whole.evaluator(module), manifest.aggregation.clip
+    codec = make_codec(manifest.codec.name, manifest.codec.parameters)
     # What a stage trains on are others' samples; of each peer's own files nobody else knows anything.
     testable = manifest.model.stages == 1 and not manifest.data.source.startswith("text:")
-    return Judge(run_id, validator, evaluator, corpus, assigned, clip=clip, testable=testable)
+    return Judge(run_id, validator, evaluator, corpus, assigned, codec=codec, clip=clip, testable=testable)
 
 
 def audit_rules(manifest: Manifest, layout: Layout) -> Rules:

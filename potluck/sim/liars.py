@@ -20,8 +20,8 @@ from potluck.dht.records import Commit, Weights
 from potluck.dht.shards import shard_of
 from potluck.net.blobs import BlobId, BlobRef, ChunkList
 from potluck.sim.stand_in import MODULE
-from potluck.swarm.aggregate import Contribution, Sparse
 from potluck.swarm.codecs import Codec
+from potluck.swarm.contribution import Contribution, Sparse
 from potluck.swarm.exchange import NetworkExchange
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult
@@ -91,7 +91,7 @@ class Liar:
 
     def __init__(self, peer: SimPeer, codec: Codec) -> None:
         self._peer, self._codec = peer, codec
-        self.name, self.has_residual = codec.name, codec.has_residual
+        self.name, self.has_residual, self.transforms = codec.name, codec.has_residual, codec.transforms
         #: What the others sent last, and what this peer sent first.
         self._heard: bytes | None = None
         self._first: bytes | None = None
@@ -134,6 +134,9 @@ class Liar:
 
     def max_bytes(self, layout: Layout) -> int:
         return self._codec.max_bytes(layout)
+
+    def update_of(self, aggregated: Flat, layout: Layout) -> Flat:
+        return self._codec.update_of(aggregated, layout)
 
 
 class LyingExchange:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -42,9 +43,11 @@ from potluck.swarm.exchange import NetworkExchange
 from potluck.swarm.follower import Follower, Following
 from potluck.swarm.layout import Flat
 from potluck.swarm.outer import OuterStep
+from potluck.swarm.overlap import OverlappedReplica
 from potluck.swarm.phases import Round
 from potluck.swarm.presence import Presence
 from potluck.swarm.rounds import GossipReplica
+from potluck.swarm.slice_board import SliceBoard
 from potluck.swarm.state import ReplicaState
 
 if TYPE_CHECKING:
@@ -208,7 +211,12 @@ class SimPeer:
         rounds = world.rules
         directory = await self._join_directory(stack, connected, clock)
         exchange = NetworkExchange(
-            directory, rpc, store, retain_seconds=(plan.retain + 2) * plan.seconds, keep_states=plan.retain
+            directory,
+            rpc,
+            store,
+            retain_seconds=(plan.retain + 2) * plan.seconds,
+            keep_states=plan.retain,
+            slices=SliceBoard(rpc),
         )
         session = hashlib.sha256(f"{self.id} {self.sessions}".encode()).digest()[:16]
         presence = Presence(directory, self.id, role="worker", name="", session=session, emit=self.emit)
@@ -224,9 +232,8 @@ class SimPeer:
             training: asyncio.Task[Any] = asyncio.create_task(replica.follow(start))
         else:
             trainer = LyingTrainer(self, world.make_trainer(self))
-            replica = training_one = GossipReplica(
-                trainer=trainer, batches=self._batches, held_out=world.held_out, **following
-            )
+            made: type[GossipReplica] = OverlappedReplica if plan.overlap else GossipReplica
+            replica = training_one = made(trainer=trainer, batches=self._batches, held_out=world.held_out, **following)
             training = asyncio.create_task(training_one.run(start))
         self.replica = replica
         care = [
@@ -278,12 +285,13 @@ class SimPeer:
             peer=self.id,
             module=MODULE,
             rules=world.rules,
-            codec=Liar(self, codec),
+            codec=codec if plan.sliced else Liar(self, codec),
             outer=OuterStep(1.0, plan.momentum),
             exchange=LyingExchange(self, exchange),
             now=clock.now,
             waits=WatchedWaits(clock.now, self.id, world.watch, self._excused),
             emit=self.emit,
+            draw=random.Random(f"{plan.seed} {self.id}").randrange,
             session=session,
             on_state=on_state,
             compute=Compute(self),

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from potluck.dht.manifest import SLICED_CODECS
 from potluck.errors import PotluckError, UserError
 from potluck.swarm.codecs import make_codec
 
@@ -49,6 +50,8 @@ Lie = Literal[
     "copy_weights",  # a validator that publishes what another one published
     "collude",  # a validator that gives all its weight to two friends
 ]
+#: Lies of a codec's making, about what was trained.
+CONTENT_LIES = ("scale", "sign", "random", "copy", "perturb", "replay")
 
 
 class _Part(BaseModel):
@@ -130,6 +133,9 @@ class Plan(BaseModel):
     fragments: int = Field(default=8, ge=1, description="rounds in which all parameters are averaged across groups")
     sync_limit: float = Field(default=3.0, gt=0, description="drift beyond this many times the expected reloads")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of the outer step (Nesterov)")
+    overlap: bool = Field(default=False, description="the next round is trained while this one is exchanged")
+    stream: int = Field(default=1, ge=1, description="parts of the tensors, exchanged one after another")
+    sliced: bool = Field(default=False, description="members aggregate for each other, with none, int8 or int4")
     codec: str = Field(default="int8", description="of contributions: none, int8 or sparse")
     codec_parameters: dict[str, float] = Field(default_factory=dict, description="as in a run's manifest")
     model: Literal["quadratic", "llama"] = Field(
@@ -154,14 +160,19 @@ class Plan(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.exchange_seconds >= self.seconds / 2:
-            raise ValueError(f"exchange_seconds is {self.exchange_seconds:g}, allowed less than half of seconds")
+        if self.exchange_seconds >= self.seconds / (1 if self.overlap else 2):
+            allowed = "seconds" if self.overlap else "half of seconds"
+            raise ValueError(f"exchange_seconds is {self.exchange_seconds:g}, allowed less than {allowed}")
         if self.lines.cone + self.lines.symmetric > 1:
             raise ValueError("lines: cone and symmetric together are more than all")
         try:
             make_codec(self.codec, self.codec_parameters)
         except (PotluckError, TypeError, ValueError) as error:
             raise ValueError(f"codec {self.codec}: {error}") from None
+        if self.sliced and (self.codec not in SLICED_CODECS or self.stream > 1 or self.validators):
+            raise ValueError(f"sliced is allowed with codec {', '.join(SLICED_CODECS)}, without validators or stream")
+        if self.sliced and any(fault.kind == "lie" and fault.lie in CONTENT_LIES for fault in self.fault):
+            raise ValueError("sliced: lies about what was trained are simulated with whole contributions only")
         if self.validators >= self.peers:
             raise ValueError(f"validators is {self.validators}, allowed less than peers ({self.peers})")
         most = self.peers + sum(fault.count or 0 for fault in self.fault if fault.kind == "join")

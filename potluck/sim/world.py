@@ -50,6 +50,7 @@ from potluck.sim.peer import QUOTA_BYTES, SimPeer, identity_of
 from potluck.sim.plan import Fault, Plan
 from potluck.sim.report import Report
 from potluck.sim.stand_in import MODULE, Model
+from potluck.swarm.codecs import make_codec
 from potluck.swarm.follower import RoundRules
 from potluck.swarm.phases import Round, RoundClock
 from potluck.swarm.rounds import Trainer
@@ -92,6 +93,8 @@ class World:
             fragments=plan.fragments,
             sync_limit=plan.sync_limit,
             clip=True,
+            sliced=plan.sliced,
+            stream=plan.stream,
         )
         self.run_id = RunId("a" * 52)
         self.watch = Watch(self.utc, strict)
@@ -136,9 +139,8 @@ class World:
 
     def make_judge(self, me: PeerId) -> Judge:
         testable = self.plan.model != "quadratic"
-        return Judge(
-            self.run_id, me, self._model.evaluator(), self._model.corpus, self._model.assigned, testable=testable
-        )
+        model, codec = self._model, make_codec(self.plan.codec, self.plan.codec_parameters)
+        return Judge(self.run_id, me, model.evaluator(), model.corpus, model.assigned, codec=codec, testable=testable)
 
     def background(self, work: Coroutine[Any, Any, Any]) -> None:
         task = self.loop.create_task(work)

@@ -13,52 +13,23 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from functools import partial
+from typing import Final
 
 import numpy as np
 
 from potluck.net.host import PeerId
-from potluck.swarm.exact import norm
+from potluck.swarm.contribution import Contribution, Dense, Sparse
 from potluck.swarm.layout import Flat, Layout
-from potluck.swarm.robust import RULES, Rows, Slab
+from potluck.swarm.robust import RULES, Rows
+from potluck.swarm.threads import share_out
 
 #: What a manifest's `aggregation.rule` may be.
 RULE_NAMES = ("mean", *RULES)
 #: Declared tokens are believed only up to this multiple of the group's median (`rounds.md` step 5).
 MAX_TOKENS_OF_MEDIAN = 2.0
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A decoded contribution with a value for every parameter, shape (layout.size,)."""
-
-    values: Flat
-
-    @cached_property
-    def length(self) -> float:
-        return _length(self.values)
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """A decoded contribution with values at strictly increasing flat `indices` (int64), zero elsewhere."""
-
-    indices: np.ndarray
-    values: Flat
-
-    @cached_property
-    def length(self) -> float:
-        return _length(self.values)
-
-
-Contribution = Dense | Sparse
-
-
-def _length(values: Flat) -> float:
-    """Euclidean, for judging: need not be the same bits everywhere, as `norm` is."""
-    return float(np.linalg.norm(values.astype(np.float64)))
+#: Values of the update that all contributions are added to before the next ones: they stay in the processor's cache.
+SLAB_VALUES: Final = 1 << 18
 
 
 def token_weights(tokens: Mapping[PeerId, int], ledger: Mapping[PeerId, float] | None = None) -> dict[PeerId, float]:
@@ -93,48 +64,60 @@ def aggregate(
 
     The mean divides by all contributions' weights, not by how many kept a coordinate: a zero is a statement too.
     """
-    update = layout.zeros()
     order = sorted(peer for peer in contributions if weights.get(peer, 0.0) > 0.0)
-    medians = median_norms(contributions, weights, layout, steered) if clip else None
-    if rule != "mean" and order:
-        rows = [clipped(contributions[peer], medians, layout) for peer in order]
-        return RULES[rule](_slab_of(rows), layout.size, [weights[peer] for peer in order], liars)
-    for peer in order:
-        factors = _factors(contributions[peer], medians, layout)
-        scale = np.float32(weights[peer])
-        contribution = contributions[peer]
-        for slot, values, where in _by_tensor(contribution, layout):
-            factor = scale * factors[slot]
-            if isinstance(contribution, Sparse):
-                update[where] += values * factor  # indices are unique: a plain add is exact
-            else:
-                target = update[where]
-                np.add(target, values * factor, out=target)
+    group = [contributions[peer] for peer in order]
+    factors = [[np.float32(1.0)] * len(layout.slots)] * len(group)
+    if clip and len(group) > 1:
+        norms = _all_norms(group, layout)
+        medians = _medians(norms, [weights[peer] if steered else 1.0 for peer in order])
+        factors = [_factors(of, medians) for of in norms]
+    if rule != "mean" and group:
+        slab = partial(_rows, group, factors, layout)
+        return RULES[rule](slab, layout.size, [weights[peer] for peer in order], liars)
+    scales = [[np.float32(weights[peer]) * factor for factor in of] for peer, of in zip(order, factors, strict=True)]
+    update = layout.zeros()
+
+    def add(parts: Sequence[tuple[int, slice]]) -> None:
+        for number, part in parts:
+            for one, of in zip(group, scales, strict=True):
+                one.add_to(update[part], part, of[number])
+
+    parts = [
+        (number, slice(start, min(slot.offset + slot.size, start + SLAB_VALUES)))
+        for number, slot in enumerate(layout.slots)
+        for start in range(slot.offset, slot.offset + slot.size, SLAB_VALUES)
+    ]
+    share_out(add, parts)
     return update
+
+
+def _rows(group: Sequence[Contribution], factors: Sequence[Sequence[np.float32]], layout: Layout, part: slice) -> Rows:
+    """A part of all contributions, clipped, as rows: none of them is ever there as a whole."""
+    rows = np.zeros((len(group), part.stop - part.start), dtype=np.float32)
+    for number, slot in enumerate(layout.slots):
+        inside = slice(max(part.start, slot.offset), min(part.stop, slot.offset + slot.size))
+        if inside.start < inside.stop:
+            for row, one, of in zip(rows, group, factors, strict=True):
+                one.add_to(row[inside.start - part.start : inside.stop - part.start], inside, of[number])
+    return rows
 
 
 def clipped(contribution: Contribution, medians: Sequence[float] | None, layout: Layout) -> Contribution:
     """The contribution as `aggregate` takes it in, less its weight. `medians`: of `median_norms`."""
-    factors = np.asarray(_factors(contribution, medians, layout), dtype=np.float32)
-    sizes = [values.size for _, values, _ in _by_tensor(contribution, layout)]
-    values = contribution.values * np.repeat(factors, sizes)
-    return Sparse(contribution.indices, values) if isinstance(contribution, Sparse) else Dense(values)
-
-
-def _slab_of(contributions: Sequence[Contribution]) -> Slab:
-    """A part of all contributions as rows: a sparse one is never made dense as a whole."""
-
-    def slab(part: slice) -> Rows:
-        rows = np.zeros((len(contributions), part.stop - part.start), dtype=np.float32)
-        for row, one in zip(rows, contributions, strict=True):
-            if isinstance(one, Dense):
-                row[:] = one.values[part]
-            else:
-                begin, end = np.searchsorted(one.indices, (part.start, part.stop))
-                row[one.indices[begin:end] - part.start] = one.values[begin:end]
-        return rows
-
-    return slab
+    if medians is None:
+        return contribution
+    factors = _factors(_norms(contribution, layout), medians)
+    if all(factor == 1 for factor in factors):
+        return contribution
+    if isinstance(contribution, Sparse):
+        values = contribution.values.copy()
+        for slot, factor in zip(layout.slots, factors, strict=True):
+            values[contribution.inside(slot.range)] *= factor
+        return Sparse(contribution.indices, values)
+    values = layout.zeros()
+    for slot, factor in zip(layout.slots, factors, strict=True):
+        contribution.add_to(values[slot.range], slot.range, factor)
+    return Dense(values)
 
 
 def median_norms(
@@ -144,9 +127,8 @@ def median_norms(
     order = sorted(peer for peer in contributions if weights.get(peer, 0.0) > 0.0)
     if len(order) < 2:
         return None
-    norms = [_norms(contributions[peer], layout) for peer in order]
-    votes = [weights[peer] if steered else 1.0 for peer in order]
-    return [weighted_median(column, votes) for column in zip(*norms, strict=True)]
+    norms = _all_norms([contributions[peer] for peer in order], layout)
+    return _medians(norms, [weights[peer] if steered else 1.0 for peer in order])
 
 
 def weighted_median(values: Sequence[float], weights: Sequence[float]) -> float:
@@ -159,21 +141,26 @@ def weighted_median(values: Sequence[float], weights: Sequence[float]) -> float:
     raise ValueError("no values")
 
 
-def _factors(contribution: Contribution, medians: Sequence[float] | None, layout: Layout) -> list[np.float32]:
+def _medians(norms: Sequence[Sequence[float]], votes: Sequence[float]) -> list[float]:
+    return [weighted_median(column, votes) for column in zip(*norms, strict=True)]
+
+
+def _factors(norms: Sequence[float], medians: Sequence[float]) -> list[np.float32]:
     one = np.float32(1.0)
-    if medians is None:
-        return [one] * len(layout.slots)
-    norms = _norms(contribution, layout)
     return [np.float32(m / n) if n > m else one for n, m in zip(norms, medians, strict=True)]
 
 
 def _norms(contribution: Contribution, layout: Layout) -> list[float]:
-    return [norm(values) for _, values, _ in _by_tensor(contribution, layout)]
+    return [math.sqrt(contribution.square_sum(slot.range)) for slot in layout.slots]
 
 
-def _by_tensor(contribution: Contribution, layout: Layout) -> list[tuple[int, Flat, slice | np.ndarray]]:
-    """(slot number, values in it, where they lie in the flat vector) for every tensor of the layout."""
-    if isinstance(contribution, Dense):
-        return [(i, contribution.values[s.range], s.range) for i, s in enumerate(layout.slots)]
-    bounds = np.searchsorted(contribution.indices, [s.offset for s in layout.slots] + [layout.size])
-    return [(i, contribution.values[a:b], contribution.indices[a:b]) for i, (a, b) in enumerate(pairwise(bounds))]
+def _all_norms(group: Sequence[Contribution], layout: Layout) -> list[list[float]]:
+    """Per contribution and tensor."""
+    norms: list[list[float]] = [[]] * len(group)
+
+    def measure(numbers: Sequence[int]) -> None:
+        for number in numbers:
+            norms[number] = _norms(group[number], layout)
+
+    share_out(measure, range(len(group)))
+    return norms

@@ -11,14 +11,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import msgspec
+
 from potluck.dht.directory import Directory
 from potluck.dht.records import Commit, Replica, Signed, Weights
 from potluck.errors import CapTooLow
-from potluck.net.blobs import BlobId, BlobRef, BlobStore
+from potluck.net.blobs import BlobId, BlobRef, BlobStore, ChunkList
 from potluck.net.fetch import FetchReport, fetch
 from potluck.net.host import PeerId
 from potluck.net.rpc import Rpc
 from potluck.swarm.phases import Round
+from potluck.swarm.slice_board import SliceBoard
+from potluck.swarm.slices import Aggregated
 from potluck.swarm.state import ReplicaState
 
 #: Memory that recent states may take beyond the current and the previous one, which are always served.
@@ -55,6 +59,24 @@ class Exchange(Protocol):
         BlobError."""
         ...
 
+    async def fetch_chunks(
+        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], max_bytes: int, timeout_seconds: float
+    ) -> memoryview:
+        """Some chunks of a blob, in their places. Raises BlobUnavailable or BlobError."""
+        ...
+
+    def begin_slices(self, module: str, round_: Round) -> None:
+        """Those who ask what we aggregated in a round are to wait."""
+        ...
+
+    async def tell_slices(self, module: str, round_: Round, told: Aggregated | None, blob: bytes) -> None:
+        """Say what we aggregated, and serve it for as long as contributions. None: nothing."""
+        ...
+
+    async def told_slices(self, peer: PeerId, module: str, round_: Round, timeout_seconds: float) -> Aggregated:
+        """What another aggregated. Raises NetworkError or ProtocolError."""
+        ...
+
     async def fetch_state(
         self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
     ) -> tuple[memoryview, dict[PeerId, int]]:
@@ -74,7 +96,7 @@ class NetworkExchange:
     """`retain_seconds`: how long contributions are kept for those who catch up; `keep_states`: states served.
 
     `on_progress(bytes done, bytes in all)` follows a state's download. `pull_seconds`: what a round leaves for
-    contributions to be pulled.
+    contributions to be pulled. `slices`: where a sliced exchange says what it aggregated.
     """
 
     def __init__(
@@ -86,12 +108,15 @@ class NetworkExchange:
         keep_states: int,
         on_progress: Callable[[int, int], None] | None = None,
         pull_seconds: float = math.inf,
+        slices: SliceBoard | None = None,
     ) -> None:
         self._directory, self._rpc, self._store = directory, rpc, store
         self._retain_seconds, self._keep_states = retain_seconds, keep_states
-        self._on_progress, self._pull_seconds = on_progress, pull_seconds
+        self._on_progress, self._pull_seconds, self._slices = on_progress, pull_seconds, slices
         self._states: list[ReplicaState] = []
         self._kept: deque[tuple[float, BlobId]] = deque()
+        #: Aggregated segments, in memory.
+        self._lent: deque[tuple[float, BlobId]] = deque()
         store.remove_older(retain_seconds)  # of an earlier session
 
     async def publish(self, commit: Commit, expires_at: float, timeout_seconds: float) -> bool:
@@ -156,6 +181,39 @@ class NetworkExchange:
         self._keep(ref.id)
         return blob
 
+    async def fetch_chunks(
+        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], max_bytes: int, timeout_seconds: float
+    ) -> memoryview:
+        return await fetch(
+            self._rpc,
+            ref,
+            [holder],
+            timeout_seconds=timeout_seconds,
+            max_bytes=max_bytes,
+            store=self._store,
+            indexes=indexes,
+        )
+
+    def begin_slices(self, module: str, round_: Round) -> None:
+        assert self._slices is not None
+        self._slices.begin(module, round_)
+
+    async def tell_slices(self, module: str, round_: Round, told: Aggregated | None, blob: bytes) -> None:
+        assert self._slices is not None
+        if told is not None:
+            chunks = await asyncio.to_thread(ChunkList.of, [blob])
+            told = msgspec.structs.replace(told, blob=chunks.blob_id, size=chunks.size)
+            self._store.add_memory(chunks, [blob])
+            now = asyncio.get_running_loop().time()
+            self._lent.append((now, chunks.blob_id))
+            while self._lent[0][0] < now - self._retain_seconds:
+                self._store.drop_memory(self._lent.popleft()[1])
+        self._slices.tell(module, round_, told)
+
+    async def told_slices(self, peer: PeerId, module: str, round_: Round, timeout_seconds: float) -> Aggregated:
+        assert self._slices is not None
+        return await self._slices.ask(peer, module, round_, timeout_seconds)
+
     async def fetch_state(
         self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
     ) -> tuple[memoryview, dict[PeerId, int]]:
@@ -180,6 +238,8 @@ class NetworkExchange:
         for state in self._states:
             self._store.drop_memory(state.digest)
         self._states.clear()
+        while self._lent:
+            self._store.drop_memory(self._lent.popleft()[1])
 
     def _keep(self, blob: BlobId) -> None:
         """Contributions go when nobody can need them any more; the quota is only the last resort."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NotRequired, Protocol, TypedDict, TypeVar
 
 import numpy as np
@@ -27,8 +29,10 @@ from potluck.swarm.exchange import Exchange
 from potluck.swarm.fragments import blend, decode_fragment, encode_fragment, root_mean_square
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.outer import OuterStep
+from potluck.swarm.parts import Part, parts_of
 from potluck.swarm.phases import Round, RoundClock
 from potluck.swarm.pull import MAX_OF_GROUP_SIZE, Puller, View
+from potluck.swarm.sliced import SlicedPuller
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 from potluck.swarm.waits import WaitBoard
 
@@ -57,6 +61,10 @@ class RoundRules:
     clip: bool
     rule: str = "mean"
     liars: float = 0.0
+    #: Whether members aggregate for each other (`sliced.py`).
+    sliced: bool = False
+    #: Parts of the tensors that are exchanged in turn (`parts.py`); 1: all in every round.
+    stream: int = 1
 
 
 class Steer(Protocol):
@@ -85,7 +93,7 @@ class Applied:
 class Following(TypedDict):
     """What a follower is made of. `now` gives UTC seconds. Blocking work runs in one thread of its own, or in
     `compute`, so that the event loop stays free. `on_state` hears each state, and the residual that goes with it;
-    `on_applied` hears each round, and is waited for."""
+    `on_applied` hears each round, and is waited for. `draw(n)` gives a number below n that nobody can foretell."""
 
     peer: PeerId
     module: str
@@ -101,6 +109,7 @@ class Following(TypedDict):
     on_applied: NotRequired[Callable[[Applied], Awaitable[None]]]
     steer: NotRequired[Steer]
     compute: NotRequired[Executor]
+    draw: NotRequired[Callable[[int], int]]
 
 
 class Follower:
@@ -124,6 +133,7 @@ class Follower:
         on_applied: Callable[[Applied], Awaitable[None]] | None = None,
         steer: Steer | None = None,
         compute: Executor | None = None,
+        draw: Callable[[int], int] = secrets.randbelow,
     ) -> None:
         self.peer, self.module, self.rules = peer, module, rules
         self.layout, self.codec, self.outer = layout, codec, outer
@@ -131,6 +141,8 @@ class Follower:
         self.residual: Flat | None = None
         self.shards, self.estimate, self.counted = 1, 1.0, 1.0
         self.state: ReplicaState | None = None
+        #: What each round exchanges: of one after another.
+        self.parts = parts_of(layout, rules.stream)
         self._exchange, self._now, self._waits, self._emit, self._session = exchange, now, waits, emit, session
         self._on_state, self._on_applied, self._steer = on_state, on_applied, steer
         self._stop, self._finish = asyncio.Event(), asyncio.Event()
@@ -141,7 +153,8 @@ class Follower:
         self._steps: deque[float] = deque(maxlen=rules.fragments)
         #: Rounds that we contributed to.
         self._published: deque[int] = deque(maxlen=2 * rules.retain)
-        self._puller = Puller(
+        pulling = partial(SlicedPuller, draw=draw) if rules.sliced else Puller
+        self._puller: Puller = pulling(
             peer=peer,
             module=module,
             layout=self.layout,
@@ -150,6 +163,7 @@ class Follower:
             rules=rules,
             now=now,
             in_thread=self._in_thread,
+            emit=emit,
         )
 
     def finish(self) -> None:
@@ -219,7 +233,7 @@ class Follower:
             if adopted:
                 self._drop_residual("the group's state was loaded")
                 own = adopted
-        present, shards = [p for p in view.contributions if p in view.commits], self.shards
+        present, shards = view.counted, self.shards
         tokens = {p: view.commits[p].tokens for p in present}
         steered = self._steer.weights(round_, tokens) if self._steer and tokens else None
         weights = steered or token_weights(tokens)
@@ -227,22 +241,23 @@ class Follower:
 
         def step() -> tuple[ReplicaState, float, float]:
             base, distance = self._blend_fragments(own, view, round_)
-            contributions = {p: view.contributions[p] for p in present}
-            rules = self.rules
-            update = aggregate(
-                contributions,
-                weights,
-                self.layout,
-                clip=rules.clip,
-                steered=bool(steered),
-                rule=rules.rule,
-                liars=rules.liars,
-            )
-            theta, velocity = self.outer.apply(base, own.velocity, update, round_)
+            rules, update = self.rules, view.update
+            if update is None:
+                update = aggregate(
+                    {p: view.contributions[p] for p in present},
+                    weights,
+                    self._part(round_).layout,
+                    clip=rules.clip,
+                    steered=bool(steered),
+                    rule=rules.rule,
+                    liars=rules.liars,
+                )
+            update = self.codec.update_of(update, self._part(round_).layout)
+            theta, velocity = self._outer_step(base, own.velocity, update, round_)
             after = ReplicaState(
                 self.module, self.layout, Round(round_ + 1), theta, velocity, own.history + len(present)
             )
-            return after, distance, root_mean_square(theta - base)
+            return after, distance, root_mean_square(theta - base) if shards > 1 else 0.0
 
         if present:
             counted = {peer: view.commits[peer].blob for peer in present}
@@ -255,6 +270,23 @@ class Follower:
         if self._on_applied:
             await self._on_applied(Applied(round_, own, view, weights, bool(steered), self._state, shards))
         return agreed
+
+    def _part(self, round_: Round) -> Part:
+        """Of the tensors, those that a round exchanges."""
+        return self.parts[round_ % len(self.parts)]
+
+    def _outer_step(self, theta: Flat, velocity: Flat | None, update: Flat, round_: Round) -> tuple[Flat, Flat | None]:
+        """(theta, velocity) of the next round: of what this one exchanges. `update` is used up."""
+        if len(self.parts) == 1:
+            return self.outer.apply(theta, velocity, update, round_)
+        part = self._part(round_).range
+        moved, faster = self.outer.apply(theta[part], None if velocity is None else velocity[part], update, round_)
+        theta = theta.copy()
+        theta[part] = moved
+        if velocity is not None and faster is not None:
+            velocity = velocity.copy()
+            velocity[part] = faster
+        return theta, velocity
 
     def _blend_fragments(self, state: ReplicaState, view: View, round_: Round) -> tuple[Flat, float]:
         if not view.fragments:
@@ -272,7 +304,8 @@ class Follower:
 
         In F rounds independent steps of length s lead sqrt(F) s apart: that, times the run's `sync_limit`.
         """
-        self._steps.append(length)
+        if length:
+            self._steps.append(length)
         if members:
             self._emit("swarm.drift.measured", round=round_, rms=distance, step=length, members=members)
         wander = math.sqrt(math.fsum(s * s for s in self._steps))
@@ -399,7 +432,7 @@ class Follower:
             with self._waits.waiting(f"contributions of round {round_}, missed", until, "it is applied without them"):
                 await self._pull_once(Round(round_), until, view, late=True)
             await self._apply(Round(round_), view, self._now() + self._patience)
-            self._emit("swarm.round.replayed", round=round_, contributions=len(view.contributions))
+            self._emit("swarm.round.replayed", round=round_, contributions=len(view.counted))
 
     @property
     def _patience(self) -> float:

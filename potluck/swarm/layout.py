@@ -64,11 +64,26 @@ class Layout:
         listing = msgspec.msgpack.encode([(slot.name, slot.shape) for slot in self.slots])
         return hashlib.sha256(b"potluck.layout.1" + listing).digest()[:16]
 
+    def cut(self, start: int, stop: int) -> Layout:
+        """The layout of values `start` to `stop`, from 0 on. A tensor that is cut is flat, and named by what is left of
+        it: "name[from:to]"."""
+        slots = []
+        for slot in self.slots:
+            begin, end = max(start, slot.offset), min(stop, slot.offset + slot.size)
+            if begin < end:
+                name, shape = slot.name, slot.shape
+                if end - begin < slot.size:
+                    name, shape = f"{name}[{begin - slot.offset}:{end - slot.offset}]", (end - begin,)
+                slots.append(Slot(name, shape, begin - start, end - begin))
+        return Layout(tuple(slots))
+
     def empty(self) -> Flat:
         return np.empty(self.size, dtype=np.float32)
 
     def zeros(self) -> Flat:
-        return np.zeros(self.size, dtype=np.float32)
+        flat = self.empty()
+        flat.fill(0.0)  # np.zeros would take small pages, one fault for each when it is written to
+        return flat
 
     def tensors(self, flat: Flat) -> dict[str, torch.Tensor]:
         """Views into a flat vector, by name."""

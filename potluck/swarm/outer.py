@@ -28,15 +28,21 @@ class OuterStep:
         return self.momentum * min(1.0, round_ / self.momentum_warmup_rounds)
 
     def apply(self, theta: Flat, velocity: Flat | None, update: Flat, round_: int) -> tuple[Flat, Flat | None]:
-        """(theta, velocity) of the next round; the inputs stay as they are.
+        """(theta, velocity) of the next round. `update` is used up: large modules are short of memory, and new memory
+        costs more time than the arithmetic.
 
         v' = mu v + u;  theta' = theta - lr (u + mu v') with Nesterov, theta - lr v' without.
         """
         rate = np.float32(self.learning_rate)
         if self.momentum == 0.0 or velocity is None:
-            return np.subtract(theta, update * rate), velocity
+            np.multiply(update, rate, out=update)
+            return np.subtract(theta, update, out=update), velocity
         mu = np.float32(self.momentum_at(round_))
         velocity = np.multiply(velocity, mu)
         np.add(velocity, update, out=velocity)
-        step = np.add(update, velocity * mu) if self.nesterov else velocity
-        return np.subtract(theta, step * rate), velocity
+        if self.nesterov:
+            np.add(update, velocity * mu, out=update)
+            np.multiply(update, rate, out=update)
+        else:
+            np.multiply(velocity, rate, out=update)
+        return np.subtract(theta, update, out=update), velocity

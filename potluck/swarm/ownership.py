@@ -1,6 +1,6 @@
 """Whose contribution a blob is: who commits to another's bytes commits to bytes that are not its own.
 
-A blob begins with a mark of its peer, module and round, and is refused as anybody else's. Without it a peer could
+A blob ends with a mark of its peer, module and round, and is refused as anybody else's. Without it a peer could
 commit to what another has committed to, before anybody has the bytes, and nobody could tell whose they are.
 """
 
@@ -23,12 +23,12 @@ def _mark(peer: PeerId, module: str, round_: Round) -> bytes:
 
 def marked(contribution: bytes, peer: PeerId, module: str, round_: Round) -> bytes:
     """A codec's blob as this peer commits to it."""
-    return _mark(peer, module, round_) + contribution
+    return contribution + _mark(peer, module, round_)
 
 
 def owned_by(blob: bytes | memoryview, peer: PeerId, module: str, round_: Round) -> memoryview:
     """The codec's blob within. Raises CodecError if it is another's, or of another module or round."""
     view = memoryview(blob)
-    if bytes(view[:MARK_BYTES]) != _mark(peer, module, round_):
+    if bytes(view[-MARK_BYTES:]) != _mark(peer, module, round_):
         raise CodecError(f"the contribution is not {peer[-8:]}'s to round {round_} of {module}")
-    return view[MARK_BYTES:]
+    return view[:-MARK_BYTES]

@@ -5,6 +5,7 @@
                                                    commit        aggregate,
                                                                  apply
 Blobs are revealed at `commit_by`. A peer that has applied early starts the next round's local steps at once.
+With `rounds.overlap` it starts them at `train_until`, and trains until the next round's (`overlap.py`).
 """
 
 from __future__ import annotations

@@ -16,12 +16,13 @@ from potluck.dht.records import Commit, Signed
 from potluck.errors import PotluckError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.host import PeerId
-from potluck.swarm.aggregate import Contribution
 from potluck.swarm.codecs import Codec
+from potluck.swarm.contribution import Contribution
 from potluck.swarm.exchange import Exchange
 from potluck.swarm.fragments import decode_fragment, fragment_bytes
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.ownership import MARK_BYTES, owned_by
+from potluck.swarm.parts import parts_of
 from potluck.swarm.phases import Round, RoundClock
 
 #: A group may be this much larger than planned (estimates of the swarm's size lag behind) before members are left out.
@@ -36,6 +37,14 @@ class View:
     contributions: dict[PeerId, Contribution] = field(default_factory=dict)
     fragments: dict[PeerId, Flat] = field(default_factory=dict)
     missing: dict[PeerId, str] = field(default_factory=dict)
+    #: Of a sliced exchange (`sliced.py`): what was aggregated, of whom.
+    update: Flat | None = None
+    aggregated: set[PeerId] = field(default_factory=set)
+
+    @property
+    def counted(self) -> list[PeerId]:
+        """Whose contributions count, in peer-id order."""
+        return sorted((self.aggregated if self.update is not None else self.contributions.keys()) & self.commits.keys())
 
     def keep(self, members: Collection[PeerId]) -> None:
         """Forget everybody else."""
@@ -67,10 +76,18 @@ class Rules(Protocol):
     def group_size(self) -> int: ...
     @property
     def fragments(self) -> int: ...
+    @property
+    def stream(self) -> int: ...
+    @property
+    def clip(self) -> bool: ...
+    @property
+    def rule(self) -> str: ...
+    @property
+    def liars(self) -> float: ...
 
 
 class Puller:
-    """Reads groups for one replica. `in_thread` runs blocking work off the event loop."""
+    """Reads groups for one replica. `in_thread` runs blocking work off the event loop; `emit` hears what happens."""
 
     def __init__(
         self,
@@ -83,9 +100,12 @@ class Puller:
         rules: Rules,
         now: Callable[[], float],
         in_thread: Callable[..., Awaitable[Any]],
+        emit: Callable[..., None],
     ) -> None:
         self._peer, self._module, self._layout, self._codec = peer, module, layout, codec
         self._exchange, self._rules, self._now, self._in_thread = exchange, rules, now, in_thread
+        self._emit = emit
+        self._parts = parts_of(layout, rules.stream)
         self._most, self._fragments = MAX_OF_GROUP_SIZE * rules.group_size, rules.fragments
 
     async def pull(
@@ -104,9 +124,20 @@ class Puller:
         `drift`: fetch drift fragments too. `session`: commits of ours that bear it do not count (our own node holds
         what nobody else saw). `late`: the round is over, and who does not have a blob will not get it.
         """
+        new = await self._read(round_, shard, pull_by, view, session)
+        holders = tuple(peer for peer in view.commits if peer != self._peer)
+        async with asyncio.TaskGroup() as group:
+            for peer, commit in new.items():
+                group.create_task(self._pull_one(peer, commit, holders, pull_by, view, drift, late))
+        return bool(new)
+
+    async def _read(
+        self, round_: Round, shard: int, pull_by: float, view: View, session: bytes | None
+    ) -> dict[PeerId, Commit]:
+        """Read the shard once: the commits that are new to `view`."""
         left = pull_by - self._now()
         if left <= 0:
-            return False
+            return {}
         signed = await self._exchange.commits(self._module, round_, shard, left)
         known = {
             s.peer: s.record
@@ -117,11 +148,7 @@ class Puller:
         new = {peer: commit for peer, commit in known.items() if peer in members and peer not in view.commits}
         view.commits.update(new)
         view.keep(members)
-        holders = tuple(peer for peer in view.commits if peer != self._peer)
-        async with asyncio.TaskGroup() as group:
-            for peer, commit in new.items():
-                group.create_task(self._pull_one(peer, commit, holders, pull_by, view, drift, late))
-        return bool(new)
+        return new
 
     def counts(self, signed: Signed[Commit], round_: Round) -> bool:
         """Commits stamped after the deadline count for nobody, nor do those that trained nothing, or claim more steps
@@ -145,15 +172,16 @@ class Puller:
     ) -> None:
         holders = (peer, *(m for m in members if m != peer))
         try:
+            layout = self._parts[commit.round % len(self._parts)].layout
             blob = await self._exchange.fetch(
                 BlobRef(BlobId(commit.blob), commit.size),
                 holders,
-                MARK_BYTES + self._codec.max_bytes(self._layout),
+                MARK_BYTES + self._codec.max_bytes(layout),
                 max(0.05, pull_by - self._now()),
                 may_come=not late,
             )
             own = owned_by(blob, peer, self._module, Round(commit.round))
-            view.contributions[peer] = await self._in_thread(self._codec.decode, own, self._layout)
+            view.contributions[peer] = await self._in_thread(self._codec.decode, own, layout)
             view.missing.pop(peer, None)
             if drift and peer != self._peer:
                 await self._pull_fragment(peer, commit, holders, pull_by, view)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, Unpack
+from typing import Any, Protocol, TypeVar, Unpack
 
+import numpy as np
 import torch
 
 from potluck.dht.records import Commit
 from potluck.dht.shards import shard_of
 from potluck.errors import CapTooLow, CodecError, DiskFull, NetworkError, ProtocolError
 from potluck.net.host import PeerId
-from potluck.swarm.aggregate import Contribution, Sparse
 from potluck.swarm.agreement import Agreement, network_at_fault
+from potluck.swarm.contribution import Contribution, Sparse
 from potluck.swarm.follower import Follower, Following
 from potluck.swarm.fragments import encode_fragment
 from potluck.swarm.layout import Flat, Layout
@@ -28,6 +29,8 @@ from potluck.swarm.ownership import marked
 from potluck.swarm.phases import Round, Window
 from potluck.swarm.pull import View
 from potluck.swarm.state import ReplicaState, witness
+
+T = TypeVar("T")
 
 
 class Trainer(Protocol):
@@ -50,7 +53,11 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What happened in one round, as the live table, the logs and the tests read it. Seconds are durations."""
+    """What happened in one round, as the live table, the logs and the tests read it.
+
+    `seconds`: where the trainer's time went, by phase; together all of it. `beside`: with `rounds.overlap`, durations
+    of what went on while the next round was trained.
+    """
 
     round: Round
     group: tuple[PeerId, ...]
@@ -67,16 +74,33 @@ class RoundReport:
     contribution_bytes: int
     shards: int
     seconds: Mapping[str, float]
+    beside: Mapping[str, float]
+
+    @property
+    def utilization(self) -> float:
+        """Share of the time that went into local steps."""
+        return self.seconds["train"] / (math.fsum(self.seconds.values()) or 1.0)
 
 
 @dataclass
-class _Mine:
-    """This peer's own part of the round in progress."""
+class Mine:
+    """This peer's own part of a round. `delta`: what is sent of the pseudo-gradient; None if nothing was trained, or
+    training diverged."""
 
     result: LocalResult
+    delta: Flat | None = None
     commit: Commit | None = None
     contribution: Contribution | None = None
     published: bool = False
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A round that was committed, pulled and applied, and the seconds that each took."""
+
+    view: View
+    agreed: Agreement | None
+    seconds: Mapping[str, float]
 
 
 class GossipReplica(Follower):
@@ -94,6 +118,8 @@ class GossipReplica(Follower):
         super().__init__(trainer.layout, **following)
         self.trainer = trainer
         self.residual = self.layout.zeros() if self.codec.has_residual else None
+        #: Where a round exchanges only a part: what local training changed in the others, theta less the parameters.
+        self._unsent = self.layout.zeros() if len(self.parts) > 1 else None
         self.last: RoundReport | None = None
         self.rounds_alone = 0
         self._first = True
@@ -131,6 +157,21 @@ class GossipReplica(Follower):
             await self._sleep_until(pull_by, "others to pull the last contribution", "the peer leaves")
 
     async def _round(self) -> None:
+        window, theta = await self._in_step(), self._state.theta
+        started, sent_before = self._now(), self._exchange.traffic()
+        loss = await self._in_trainer(self._begin, theta, theta)
+        evaluated = self._now()
+        self._emit("swarm.round.started", round=self._state.round, loss=loss, digest=self._state.digest)
+        mine = await self._train(window, theta)
+        if self._stop.is_set():
+            return
+        seconds = {"evaluate": evaluated - started, "train": self._now() - evaluated}
+        landed = await self._land(window, mine)
+        if landed is not None:
+            self._report(window, landed, mine, loss, sent_before, {**seconds, **landed.seconds})
+
+    async def _in_step(self) -> Window:
+        """Come to the round in progress, if this peer is behind it. The round to train."""
         clock, state = self.rules.clock, self._state
         current = clock.round_at(self._now())
         if current < state.round - 1:
@@ -143,14 +184,10 @@ class GossipReplica(Follower):
             tried = True
             await self._catch_up(Round(current))
             current = clock.round_at(self._now())
-        window = clock.window(self._state.round)
-        started, sent_before = self._now(), self._exchange.traffic()
-        loss = await self._in_thread(self._load_and_evaluate, self._state.theta)
-        evaluated = self._now()
-        self._emit("swarm.round.started", round=self._state.round, loss=loss, digest=self._state.digest)
-        mine = await self._train(window)
-        if self._stop.is_set():
-            return
+        return clock.window(self._state.round)
+
+    async def _land(self, window: Window, mine: Mine) -> Landed | None:
+        """Commit, pull and apply a round: steps 2 to 7. None if told to stop: the round is given up."""
         trained = self._now()
         await self._commit(mine, window)
         committed = self._now()
@@ -159,48 +196,67 @@ class GossipReplica(Follower):
         )
         revealed = self._now()
         if self._stop.is_set():
-            return  # the round is given up: pulled in haste, it would be applied alone
+            return None  # pulled in haste, it would be applied alone
         view = await self._pull(window, mine)
         pulled = self._now()
         if self._stop.is_set():
-            return
-        agreed = await self._apply(window.round, view, clock.window(Round(window.round + 1)).train_until)
+            return None
+        agreed = await self._apply(window.round, view, self.rules.clock.window(Round(window.round + 1)).train_until)
         # A peer that finished its steps early idles; only what lies behind `train_until` is the round's overhead.
         idle = max(0.0, min(window.train_until, revealed) - committed)
         seconds = {
-            "evaluate": evaluated - started,
-            "train": trained - evaluated,
             "commit": committed - trained,
             "idle": idle,
             "wait": revealed - committed - idle,
             "pull": pulled - revealed,
             "apply": self._now() - pulled,
         }
-        self._report(window, view, mine, agreed, loss, sent_before, seconds)
+        return Landed(view, agreed, seconds)
 
     # ---- 1 and 2: train and commit --------------------------------------------------------------------------
 
-    def _load_and_evaluate(self, theta: Flat) -> float:
+    def _begin(self, theta: Flat, base: Flat) -> float:
+        """The loss at `theta`. Training will begin at `base`, less what the group has not had yet."""
         self.trainer.load(theta)
-        return self.trainer.evaluate(self._held_out)
+        loss = self.trainer.evaluate(self._held_out)
+        if self._unsent is not None:
+            self.trainer.load(base - self._unsent)
+        elif base is not theta:
+            self.trainer.load(base)
+        return loss
 
-    async def _train(self, window: Window) -> _Mine:
+    async def _train(self, window: Window, base: Flat) -> Mine:
         def may_start(step_seconds: float) -> bool:
             return not self._stop.is_set() and self._now() + step_seconds <= window.train_until
 
         with self._waits.waiting(
             f"local steps of round {window.round}", window.train_until, "the contribution is encoded and committed"
         ):
-            result = await self._in_thread(
+            result = await self._in_trainer(
                 self.trainer.train,
                 self._batches(window.round),
                 self.rules.steps,
                 window.round * self.rules.steps,
                 may_start,
             )
-        return _Mine(result)
+        return await self._in_trainer(self._trained, result, base, window.round)
 
-    async def _commit(self, mine: _Mine, window: Window) -> None:
+    def _trained(self, result: LocalResult, base: Flat, round_: Round) -> Mine:
+        """What training from `base` came to, and what of it is this round's to send."""
+        if result.steps == 0:
+            return Mine(result)
+        delta = self.trainer.delta(base)
+        if not (math.isfinite(result.loss_before + result.loss_after) and np.isfinite(delta).all()):
+            self._start_anew()
+            return Mine(result)
+        if self._unsent is None:
+            return Mine(result, delta)
+        part = self._part(round_).range
+        sent, self._unsent = delta[part].copy(), delta
+        self._unsent[part] = 0
+        return Mine(result, sent)
+
+    async def _commit(self, mine: Mine, window: Window) -> None:
         """Encode, serve (hidden until the deadline) and publish. Too late or nothing trained: say so, skip."""
         if mine.result.steps == 0 or self._now() >= window.commit_by:
             reason = "too_late" if mine.result.steps else "nothing"
@@ -209,10 +265,11 @@ class GossipReplica(Follower):
         if await self._committed_before(window):
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="committed_before")
             return
-        encoded = await self._in_thread(self._encode, window.round)
-        if encoded is None or not math.isfinite(mine.result.loss_before + mine.result.loss_after):
+        encoded = None if mine.delta is None else await self._in_thread(self._encode, mine.delta, window.round)
+        if encoded is None:
             self._drop_residual("training diverged")
-            self.trainer.forget()
+            if mine.delta is not None:
+                self._on_diverged()
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="diverged")
             return
         blob, contribution = encoded
@@ -225,7 +282,7 @@ class GossipReplica(Follower):
                 part = await self._in_thread(encode_fragment, theta, self.layout, window.round, fragments)
                 fragment = await self._exchange.offer(part, window.commit_by)
         except (DiskFull, CapTooLow) as error:  # it may be otherwise in the next round
-            self._keep_unsent(contribution)
+            self._keep_unsent(contribution, window.round)
             full = isinstance(error, DiskFull)
             self._emit("peer.disk.full" if full else "peer.cap.too_low", error=str(error))
             reason = "disk_full" if full else "cap_too_low"
@@ -259,7 +316,7 @@ class GossipReplica(Follower):
         if mine.published:
             self._published.append(window.round)
         else:
-            self._keep_unsent(contribution)
+            self._keep_unsent(contribution, window.round)
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="not_stored")
 
     async def _committed_before(self, window: Window) -> bool:
@@ -290,29 +347,42 @@ class GossipReplica(Follower):
             self._emit("swarm.commit.failed", round=window.round, error=str(error))
             return False
 
-    def _encode(self, round_: Round) -> tuple[bytes, Contribution] | None:
+    def _start_anew(self) -> None:
+        """Training diverged: forget what came of it."""
+        self.trainer.forget()
+        if self._unsent is not None:
+            self._unsent[:] = 0
+
+    def _on_diverged(self) -> None:
+        """Nobody would take what training came to, as encoding showed."""
+        self._start_anew()
+
+    def _encode(self, delta: Flat, round_: Round) -> tuple[bytes, Contribution] | None:
         """(what is committed to, what others decode from it); None if training diverged and nobody would take it."""
+        part = self._part(round_)
+        residual = None if self.residual is None else self.residual[part.range]
         try:
-            blob = self.codec.encode(self.trainer.delta(self._state.theta), self.layout, self.residual)
-            return marked(blob, self.peer, self.module, round_), self.codec.decode(blob, self.layout)
+            blob = self.codec.encode(delta, part.layout, residual)
+            return marked(blob, self.peer, self.module, round_), self.codec.decode(blob, part.layout)
         except (ValueError, CodecError):
             return None
 
-    def _keep_unsent(self, contribution: Contribution) -> None:
+    def _keep_unsent(self, contribution: Contribution, round_: Round) -> None:
         """What was encoded but never counted goes back into the error feedback."""
         if self.residual is None:
             return
+        residual = self.residual[self._part(round_).range]
         if isinstance(contribution, Sparse):
-            self.residual[contribution.indices] += contribution.values
+            residual[contribution.indices] += contribution.values
         else:
-            self.residual += contribution.values
+            residual += contribution.values
 
     def _expiry(self, window: Window) -> float:
         return window.end + self.rules.retain * self.rules.clock.seconds
 
     # ---- 3 and 4: group and pull ----------------------------------------------------------------------------
 
-    async def _pull(self, window: Window, mine: _Mine) -> View:
+    async def _pull(self, window: Window, mine: Mine) -> View:
         """Read the group's commits and fetch their blobs until the pull deadline; read once more for latecomers."""
         view = View()
         if mine.published and mine.commit and mine.contribution is not None:
@@ -325,22 +395,27 @@ class GossipReplica(Follower):
                 if not await self._pull_once(window.round, window.pull_by, view):
                     break
         if mine.published and mine.contribution is not None and self.peer not in view.commits:
-            self._keep_unsent(mine.contribution)  # the group is over-full, and the draw left us out
+            self._keep_unsent(mine.contribution, window.round)  # the group is over-full, and the draw left us out
         return view
 
     # ---- telling --------------------------------------------------------------------------------------------
 
+    async def _in_trainer(self, work: Callable[..., T], *args: Any) -> T:
+        """Where local steps are computed."""
+        return await self._in_thread(work, *args)
+
     def _report(
         self,
         window: Window,
-        view: View,
-        mine: _Mine,
-        agreed: Agreement | None,
+        landed: Landed,
+        mine: Mine,
         loss: float,
         sent_before: tuple[int, int],
         seconds: Mapping[str, float],
+        beside: Mapping[str, float] | None = None,
     ) -> None:
-        group = tuple(sorted(view.contributions))
+        view, agreed = landed.view, landed.agreed
+        group = tuple(view.counted)
         alone = not any(peer != self.peer for peer in view.commits)
         self.rounds_alone = self.rounds_alone + 1 if alone else 0
         sent, received = self._exchange.traffic()
@@ -349,7 +424,7 @@ class GossipReplica(Follower):
             group=group,
             missing=dict(view.missing),
             alone=alone,
-            contributed=self.peer in view.contributions,
+            contributed=self.peer in group,
             steps=mine.result.steps,
             tokens=mine.result.tokens,
             loss=loss,
@@ -360,6 +435,7 @@ class GossipReplica(Follower):
             contribution_bytes=mine.commit.size if mine.commit else 0,
             shards=self.shards,
             seconds=dict(seconds),
+            beside=dict(beside or {}),
         )
         if view.missing:
             others = [p for p in view.commits if p != self.peer]
@@ -372,4 +448,4 @@ class GossipReplica(Follower):
         if alone:
             self._emit("swarm.round.alone", round=window.round, rounds_alone=self.rounds_alone)
         fields = {name: getattr(self.last, name) for name in self.last.__dataclass_fields__}
-        self._emit("swarm.round.applied", **fields)
+        self._emit("swarm.round.applied", utilization=self.last.utilization, **fields)

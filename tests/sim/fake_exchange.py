@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from potluck.dht.records import Commit, Replica, Signed
-from potluck.errors import BlobUnavailable, DiskFull
+from potluck.errors import BlobUnavailable, DiskFull, RpcRemoteError, RpcTimeout
 from potluck.net.blobs import BlobRef, ChunkList
 from potluck.net.host import PeerId
 from potluck.swarm.phases import Round
+from potluck.swarm.slices import Aggregated
 from potluck.swarm.state import ReplicaState
 
 
 @dataclass
 class Faults:
-    """What goes wrong for one peer. `hides_from`: peers that cannot fetch its blobs."""
+    """What goes wrong for one peer. `hides_from`: peers that cannot fetch its blobs; `lie`: what it makes of the
+    segments that it aggregates; `mute`: it says nothing about them."""
 
     hides_from: set[PeerId] = field(default_factory=set)
     down: bool = False
@@ -24,6 +29,8 @@ class Faults:
     disk_full: bool = False
     blind: bool = False
     garbage: bytes | None = None
+    lie: Callable[[bytes], bytes] | None = None
+    mute: bool = False
     latency_seconds: float = 0.01
 
 
@@ -34,6 +41,8 @@ class World:
     own: dict[tuple[str, int, int], dict[PeerId, Signed[Commit]]] = field(default_factory=dict)
     announced: dict[str, dict[PeerId, Signed[Replica]]] = field(default_factory=dict)
     blobs: dict[str, dict[PeerId, tuple[bytes, float]]] = field(default_factory=dict)
+    told: dict[tuple[str, int, PeerId], asyncio.Future[Aggregated | None]] = field(default_factory=dict)
+    received: Counter[PeerId] = field(default_factory=Counter)
     faults: dict[PeerId, Faults] = field(default_factory=dict)
 
     def of(self, peer: PeerId) -> Faults:
@@ -98,6 +107,43 @@ class FakeExchange:
         blob, _ = await self._get(ref, holders, timeout_seconds)
         self.world.blobs[ref.id][self.peer] = (blob, 0.0)
         return memoryview(blob)
+
+    async def fetch_chunks(
+        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], max_bytes: int, timeout_seconds: float
+    ) -> memoryview:
+        if holder == self.peer:
+            return memoryview(self.world.blobs[ref.id][holder][0])
+        blob, _ = await self._get(ref, [holder], timeout_seconds)
+        self.world.received[self.peer] += len(indexes)
+        return memoryview(blob)
+
+    def _telling(self, peer: PeerId, module: str, round_: Round) -> asyncio.Future[Aggregated | None]:
+        return self.world.told.setdefault((module, round_, peer), asyncio.get_running_loop().create_future())
+
+    def begin_slices(self, module: str, round_: Round) -> None:
+        self._telling(self.peer, module, round_)
+
+    async def tell_slices(self, module: str, round_: Round, told: Aggregated | None, blob: bytes) -> None:
+        if self.faults.mute:
+            return
+        if told is not None:
+            served = self.faults.lie(blob) if self.faults.lie else blob
+            ref = await self.offer(served, 0.0)
+            told = msgspec.structs.replace(told, blob=ref.id, size=ref.size)
+        telling = self._telling(self.peer, module, round_)
+        if not telling.done():
+            telling.set_result(told)
+
+    async def told_slices(self, peer: PeerId, module: str, round_: Round, timeout_seconds: float) -> Aggregated:
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await asyncio.sleep(self.faults.latency_seconds)
+                told = await asyncio.shield(self._telling(peer, module, round_))
+        except TimeoutError:
+            raise RpcTimeout("no answer before the deadline") from None
+        if told is None:
+            raise RpcRemoteError("NothingTold", "nothing was aggregated")
+        return told
 
     async def fetch_state(
         self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float

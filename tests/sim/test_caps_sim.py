@@ -175,3 +175,25 @@ def test_a_question_that_has_no_room_in_time_is_not_asked(tmp_path: Path) -> Non
                     into=memoryview(bytearray(100_000)),
                 )
         assert rpcs[0].bytes_received < 110_000
+
+
+def test_a_slow_uplink_does_not_hold_its_group(tmp_path: Path) -> None:
+    """One copy takes 10 s, seven at once would take 70: those who have it give it on."""
+
+    @with_peers(8, upload=CAP)
+    async def _(loop: VirtualLoop, meter: Meter, rpcs: list[Rpc]) -> None:
+        data = bytes(range(256)) * int(10 * CAP / 256 / OVERHEAD)
+        stores, refs = zip(
+            *(stored(tmp_path, rpc, *([data] if not n else [])) for n, rpc in enumerate(rpcs)), strict=True
+        )
+        everybody = [rpc.peer_id for rpc in rpcs]
+
+        async def pull(rpc: Rpc, store: BlobStore) -> float:
+            others = [peer for peer in everybody if peer != rpc.peer_id]
+            got = await fetch(rpc, refs[0][0], others, timeout_seconds=300, max_bytes=1 << 30, store=store)
+            assert bytes(got) == data
+            return loop.time()
+
+        done = await asyncio.gather(*map(pull, rpcs[1:], stores[1:]))
+        assert max(done) < 32, done
+        assert meter.sent[-1] < 3.2 * len(data)

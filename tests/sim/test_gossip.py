@@ -87,6 +87,7 @@ class Swarm:
         self.tasks: dict[PeerId, asyncio.Task[Any]] = {}
         self.events: dict[PeerId, list[dict[str, Any]]] = {}
         self.frozen: set[PeerId] = set()
+        self.draw: Callable[[int], int] = lambda n: 0
 
     def now(self) -> float:
         self.world.now = self.loop.time() - self.started  # also asked by the compute thread
@@ -113,6 +114,7 @@ class Swarm:
             waits=waits,
             emit=emit,
             session=bytes([number]) * 16,
+            draw=self.draw,
         )
         velocity = LAYOUT.zeros() if self.momentum else None
         theta_0 = ReplicaState(MODULE, LAYOUT, Round(0), LAYOUT.zeros(), velocity)
@@ -249,7 +251,7 @@ def test_one_that_missed_a_blob_shows_in_the_digests_and_is_identical_again_a_ro
     simulate(body)
 
 
-@pytest.mark.parametrize("garbage", [b"", b"x", b"\x00" * 700, b"PLC2" + b"\xff" * 2000])
+@pytest.mark.parametrize("garbage", [b"", b"x", b"\x00" * 700, b"\xff" * 2000 + b"PLC3"])
 def test_garbage_is_left_out_and_named(garbage: bytes) -> None:
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(i) for i in range(4)]

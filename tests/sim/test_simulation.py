@@ -50,6 +50,14 @@ def test_without_faults_everybody_contributes_and_all_hold_one_state() -> None:
     assert report.dht_operations_per_peer_per_round > 0 and report.bytes_per_peer_per_round > 1000
 
 
+def test_sliced_rounds_need_fewer_bytes_and_end_in_one_state() -> None:
+    whole, sliced = (
+        run(small(rounds=3, parameters=600_000, codec="none", dht="model", sliced=one)) for one in (False, True)
+    )
+    assert column(sliced, "contributed") == [5] * 3 and column(sliced, "digests") == [1] * 3
+    assert sliced.bytes_per_peer_per_round < whole.bytes_per_peer_per_round
+
+
 def test_the_same_seed_is_the_same_run_in_any_process_and_another_is_another() -> None:
     code = (
         "from potluck.sim.plan import Plan; from potluck.sim.world import simulate\n"

@@ -1,6 +1,6 @@
 """Codecs: a module's pseudo-gradient as bytes, and back. One file per codec; registered by name in the manifest.
 
-A blob is `magic, version, codec name, layout digest` and then the codec's own payload. Decoding is hostile-input
+A blob is the codec's own payload and then `magic, version, codec name, layout digest`. Decoding is hostile-input
 code: the exact length is known before anything is read, values are finite and bounded, indices in range and
 increasing, else `CodecError`.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from potluck.errors import ManifestError
-from potluck.swarm.aggregate import Contribution
+from potluck.swarm.contribution import Contribution
 from potluck.swarm.layout import Flat, Layout
 
 
@@ -19,6 +19,8 @@ class Codec(Protocol):
     """Stateless; what a replica remembers between rounds (error feedback) is its `residual`."""
 
     name: str
+    #: Whether contributions and residual are in another basis than parameters, with tensors' norms kept (`update_of`).
+    transforms: bool = False
 
     def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
         """Encode delta (+ residual). With error feedback, `residual` is updated in place to what was not sent."""
@@ -37,16 +39,29 @@ class Codec(Protocol):
         """The largest valid blob: what a peer must be ready to receive, and refuses beyond."""
         ...
 
+    def update_of(self, aggregated: Flat, layout: Layout) -> Flat:
+        """What aggregated contributions do to parameters, shape (layout.size,); linear, and the same bits on every
+        machine. Another vector only of a codec that `transforms`."""
+        return aggregated
+
 
 def make_codec(name: str, parameters: Mapping[str, int | float] | None = None) -> Codec:
     """The codec a manifest names. Raises ManifestError that lists what there is."""
+    from potluck.swarm.codecs.demo import DemoCodec
     from potluck.swarm.codecs.int4 import Int4Codec
     from potluck.swarm.codecs.int8 import Int8Codec
     from potluck.swarm.codecs.none import NoneCodec
     from potluck.swarm.codecs.sign import SignCodec
     from potluck.swarm.codecs.sparse import SparseCodec
 
-    registry = {"none": NoneCodec, "int8": Int8Codec, "int4": Int4Codec, "sparse": SparseCodec, "sign": SignCodec}
+    registry = {
+        "none": NoneCodec,
+        "int8": Int8Codec,
+        "int4": Int4Codec,
+        "sparse": SparseCodec,
+        "demo": DemoCodec,
+        "sign": SignCodec,
+    }
     if name not in registry:
         raise ManifestError(f"codec.name: unknown codec {name!r}; this version knows {', '.join(registry)}")
     try:
@@ -56,4 +71,4 @@ def make_codec(name: str, parameters: Mapping[str, int | float] | None = None) -
     return codec
 
 
-CODEC_NAMES = ("none", "int8", "int4", "sparse", "sign")
+CODEC_NAMES = ("none", "int8", "int4", "sparse", "demo", "sign")

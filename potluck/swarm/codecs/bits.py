@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from potluck.errors import CodecError
 
+Bytes = npt.NDArray[np.uint8]
+
 
 def planes_bytes(count: int, bits: int) -> int:
     return bits * bits_bytes(count)
@@ -25,18 +27,26 @@ def pack_planes(values: npt.NDArray[np.integer], bits: int) -> bytes:
     return b"".join(np.packbits((values >> plane & 1).astype(np.uint8)).tobytes() for plane in range(bits))
 
 
-def unpack_planes(packed: npt.NDArray[np.uint8], count: int, bits: int) -> npt.NDArray[np.unsignedinteger]:
+def unpack_planes(packed: Bytes, count: int, bits: int) -> npt.NDArray[np.unsignedinteger]:
     """Inverse of `pack_planes`; `packed` has `planes_bytes(count, bits)` bytes. Raises CodecError if padding is set."""
     dtype: Any = np.uint8 if bits <= 8 else np.uint32
     values = np.zeros(count, dtype=dtype)
-    for plane, row in enumerate(packed.reshape(bits, bits_bytes(count)) if bits else ()):
-        np.bitwise_or(values, unpack_bits(row, count).astype(dtype, copy=False) << dtype(plane), out=values)
+    if bits:
+        rows = packed.reshape(bits, bits_bytes(count))
+        check_padding(np.bitwise_or.reduce(rows[:, -1:]), count)
+        for row in np.unpackbits(rows, axis=1, count=count)[::-1]:
+            np.add(values, values, out=values)
+            np.bitwise_or(values, row, out=values)
     return values
 
 
-def unpack_bits(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
+def unpack_bits(packed: Bytes, count: int) -> Bytes:
     """The first `count` bits as zeros and ones. Raises CodecError if one of the padding is set."""
-    bits = np.unpackbits(packed)
-    if bits[count:].any():
+    check_padding(packed, count)
+    return np.unpackbits(packed, count=count)
+
+
+def check_padding(packed: Bytes, count: int) -> None:
+    """Raises CodecError if the last byte has a bit set after the first `count` of all."""
+    if count % 8 and int(packed[-1]) & (0xFF >> count % 8):
         raise CodecError("padding is not zero")
-    return bits[:count]

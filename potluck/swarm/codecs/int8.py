@@ -1,97 +1,132 @@
 """`int8`: linear 8 bit with one float32 scale (absmax / 127) per block of values.
 
 Decoding is one float32 multiply per value, so it gives the same bits everywhere. Values are gone through in slabs that
-stay in the processor's cache: each pass over all of them would cost as much as a copy.
+stay in the processor's cache (each pass over all of them would cost as much as a copy), and that torch does not share
+out (`contribution.py`).
 """
 
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from potluck.errors import CodecError
-from potluck.swarm.aggregate import Contribution, Dense
-from potluck.swarm.codecs.frame import HEADER_BYTES, MAX_MAGNITUDE, Reader, header
+from potluck.swarm.codecs.frame import MAX_MAGNITUDE
+from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
+from potluck.swarm.contribution import UNSHARED_VALUES, Blocks, Codes, Quantized
 from potluck.swarm.layout import Flat, Layout
 
-#: About so many values are worked on together, a whole number of blocks.
-SLAB_VALUES: Final = 1 << 18
 INT8_LEVELS: Final = 127
 
-Codes = npt.NDArray[np.int8]
+Int8s = npt.NDArray[np.int8]
+Bytes = npt.NDArray[np.uint8]
 
 # What was received is only read.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 
-class Int8Codec:
-    name = "int8"
-    has_residual = False
+class BlockCodec(DenseCodec):
+    """Codes with one scale per block of values. Each segment has its scales first, then its codes."""
 
-    def __init__(self, block: int = 256) -> None:
+    levels: int
+    #: Codes in a byte.
+    packed: int
+
+    def __init__(self, block: int) -> None:
         if not 16 <= block <= 65536:
             raise ValueError("block must be 16 to 65536 values")
         self.block = int(block)
+        self.segment_values = SEGMENT_BYTES * self.packed // (4 * self.packed + self.block) * self.block
 
-    def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
-        scales, codes = quantize(delta, self.block)
-        return b"".join([header(self.name, layout), scales.data, codes.data])
+    @abstractmethod
+    def pack(self, codes: Int8s) -> Bytes: ...
 
-    def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:
-        blocks = -(-layout.size // self.block)
-        reader = Reader(blob, self.name, layout, 4 * blocks + layout.size)
-        scales, codes = reader.take("<f4", blocks), reader.take("i1", layout.size)
-        return Dense(dequantize(scales, codes, self.block))
+    @abstractmethod
+    def unpack(self, packed: Bytes, values: int) -> Codes:
+        """Raises CodecError for codes that `quantize` never gives."""
 
-    def max_bytes(self, layout: Layout) -> int:
-        return HEADER_BYTES + 4 * -(-layout.size // self.block) + layout.size
+    def encode_segment(self, values: Flat) -> bytes:
+        scales, codes = quantize(values, self.block, self.levels)
+        return b"".join([scales.data, self.pack(codes).data])
+
+    def decode_segment(self, data: bytes | memoryview, values: int) -> Quantized:
+        return Quantized([self._blocks(data, values)])
+
+    def decode(self, blob: bytes | memoryview, layout: Layout) -> Quantized:
+        return Quantized([self._blocks(data, values) for data, values in self.segments(blob, layout)])
+
+    def _blocks(self, data: bytes | memoryview, values: int) -> Blocks:
+        self.check_length(data, values)
+        blocks = -(-values // self.block)
+        scales = np.frombuffer(data, dtype="<f4", count=blocks)
+        check_scales(scales, self.levels)
+        packed = np.frombuffer(data, dtype=np.uint8, offset=4 * blocks)
+        return Blocks(values, self.block, scales, self.unpack(packed, values))
+
+    def segment_bytes(self, values: int) -> int:
+        return 4 * -(-values // self.block) + -(-values // self.packed)
 
 
-def quantize(values: Flat, block: int, levels: int = INT8_LEVELS) -> tuple[Flat, Codes]:
+class Int8Codec(BlockCodec):
+    name = "int8"
+    levels = INT8_LEVELS
+    packed = 1
+
+    def __init__(self, block: int = 256) -> None:
+        super().__init__(block)
+
+    def pack(self, codes: Int8s) -> Bytes:
+        return codes.view(np.uint8)
+
+    def unpack(self, packed: Bytes, values: int) -> Int8s:
+        codes = packed.view(np.int8)
+        if codes.size and codes.min() < -INT8_LEVELS:
+            raise CodecError("int8: a code is out of range")
+        return codes
+
+
+def quantize(values: Flat, block: int, levels: int = INT8_LEVELS) -> tuple[Flat, Int8s]:
     """(scales float32 (ceil(n / block),), codes int8 (n,) of -levels to levels). Non-finite input is our own bug and
     raises ValueError."""
-    n = values.size
     source = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    scales, codes = torch.empty(-(-n // block)), torch.empty(n, dtype=torch.int8)
-    slab = max(1, SLAB_VALUES // block) * block
-    for start in range(0, n, slab):
-        part = source[start : start + slab]
-        whole = part.numel() // block * block
-        for begin, end, width in ((0, whole, block), (whole, part.numel(), part.numel() - whole)):
-            if end > begin:
-                first = (start + begin) // block
-                into = scales[first : first + (end - begin) // width]
-                codes[start + begin : start + end] = _quantize(part[begin:end].view(-1, width), into, levels)
+    scales, codes = torch.empty(-(-values.size // block)), torch.empty(values.size, dtype=torch.int8)
+    for part, of in _slabs(source, scales, block):
+        torch.amax(part.abs(), 1, out=of)
+    scales.mul_(1.0 / levels)
     if not bool(scales.isfinite().all()):
         raise ValueError("cannot quantize values that are not finite")
+    inverse = scales.reciprocal()
+    inverse[inverse.isinf()] = 0.0  # of nothing, or of less than float32 can divide by
+    for (part, of), (into, _) in zip(_slabs(source, inverse, block), _slabs(codes, scales, block), strict=True):
+        into.copy_(torch.mul(part, of[:, None]).round_())
     return scales.numpy().astype("<f4", copy=False), codes.numpy()
 
 
-def _quantize(rows: torch.Tensor, scales: torch.Tensor, levels: int) -> torch.Tensor:
-    """Writes each row's scale; gives the codes as floats, flat."""
-    work = rows.abs()
-    torch.mul(work.amax(1), 1.0 / levels, out=scales)
-    inverse = scales.reciprocal()
-    inverse[~inverse.isfinite()] = 0.0  # of nothing, or of less than float32 can divide by
-    torch.mul(rows, inverse[:, None], out=work)
-    return work.round_().clamp_(-levels, levels).view(-1)
+def _slabs(values: Tensor, of_blocks: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of whole blocks and what belongs to each; at last a shorter one."""
+    step = max(1, UNSHARED_VALUES // block)
+    whole = len(values) // block
+    for first in range(0, whole, step):
+        last = min(whole, first + step)
+        yield values[first * block : last * block].view(-1, block), of_blocks[first:last]
+    if whole * block < len(values):
+        yield values[None, whole * block :], of_blocks[whole:]
 
 
-def dequantize(scales: Flat, codes: Codes, block: int, levels: int = INT8_LEVELS) -> Flat:
+def dequantize(scales: Flat, codes: Int8s, block: int, levels: int = INT8_LEVELS) -> Flat:
     """Inverse of `quantize`, for untrusted input: raises CodecError on a scale that is not finite or out of bounds."""
-    if not bool(((scales >= 0) & (scales <= MAX_MAGNITUDE / levels)).all()):
+    check_scales(scales, levels)
+    return Quantized([Blocks(codes.size, block, scales, codes)]).values
+
+
+def check_scales(scales: Flat, levels: int) -> None:
+    """Raises CodecError unless no value that is decoded with them can be out of bounds (NaN fails the comparison)."""
+    if scales.size and not (scales.min() >= 0 and scales.max() <= MAX_MAGNITUDE / levels):
         raise CodecError("a block's scale is not finite, negative or too large")
-    n, values = codes.size, np.empty(codes.size, dtype=np.float32)
-    whole, slab = n // block * block, max(1, 4 * SLAB_VALUES // block) * block
-    into, given, factors = torch.from_numpy(values), torch.from_numpy(codes), torch.from_numpy(scales)
-    for start in range(0, whole, slab):
-        part = slice(start, min(whole, start + slab))
-        rows = slice(start // block, part.stop // block)
-        torch.mul(given[part].view(-1, block), factors[rows, None], out=into[part].view(-1, block))
-    if whole < n:
-        torch.mul(given[whole:], factors[-1], out=into[whole:])
-    return values

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from potluck.swarm.aggregate import Contribution, Dense
-from potluck.swarm.codecs.frame import HEADER_BYTES, Reader, check_bounded, header
+from potluck.swarm.codecs.frame import check_bounded, payload
+from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
+from potluck.swarm.contribution import Dense
 from potluck.swarm.layout import Flat, Layout
 
 
-class NoneCodec:
+class NoneCodec(DenseCodec):
     name = "none"
-    has_residual = False
+    segment_values = SEGMENT_BYTES // 4  # nothing is left to pad
 
-    def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
-        return b"".join([header(self.name, layout), np.ascontiguousarray(delta, dtype="<f4").data])
+    def encode_segment(self, values: Flat) -> bytes:
+        return np.ascontiguousarray(values, dtype="<f4").tobytes()
 
-    def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:
-        values = Reader(blob, self.name, layout, 4 * layout.size).take("<f4", layout.size)
-        check_bounded(self.name, values)
-        return Dense(values)
+    def decode_segment(self, data: bytes | memoryview, values: int) -> Dense:
+        self.check_length(data, values)
+        found = np.frombuffer(data, dtype="<f4")
+        check_bounded(self.name, found)
+        return Dense(found)
 
-    def max_bytes(self, layout: Layout) -> int:
-        return HEADER_BYTES + 4 * layout.size
+    def segment_bytes(self, values: int) -> int:
+        return 4 * values
+
+    def decode(self, blob: bytes | memoryview, layout: Layout) -> Dense:
+        view = payload(blob, self.name, layout, self.segment_bytes(layout.size))
+        return self.decode_segment(view, layout.size)  # segments without padding are as good as one

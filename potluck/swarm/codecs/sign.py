@@ -10,18 +10,23 @@ whole byte.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from potluck.errors import CodecError
-from potluck.swarm.aggregate import Contribution, Dense
-from potluck.swarm.codecs.bits import bits_bytes, unpack_bits
-from potluck.swarm.codecs.frame import HEADER_BYTES, MAX_MAGNITUDE, Reader, header
-from potluck.swarm.codecs.int8 import SLAB_VALUES
+from potluck.swarm.codecs import Codec
+from potluck.swarm.codecs.bits import bits_bytes, check_padding
+from potluck.swarm.codecs.frame import MAX_MAGNITUDE, TRAILER_BYTES, Reader, payload, trailer
+from potluck.swarm.contribution import UNSHARED_VALUES, Blocks, Contribution, Quantized
 from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.threads import share_out
 
 
-class SignCodec:
+class SignCodec(Codec):
     name = "sign"
     has_residual = True
 
@@ -34,29 +39,53 @@ class SignCodec:
         new, sizes = torch.from_numpy(delta), torch.zeros(len(layout.slots), dtype=torch.float64)
         momentum = new if residual is None else torch.from_numpy(residual)
         negative = torch.empty(layout.size, dtype=torch.bool)
-        for number, slot in enumerate(layout.slots):
-            for start in range(slot.offset, slot.offset + slot.size, SLAB_VALUES):
-                part = slice(start, min(slot.offset + slot.size, start + SLAB_VALUES))
-                update = torch.lerp(new[part], momentum[part], self.beta1)
-                torch.lt(update, 0, out=negative[part])
-                sizes[number] += update.abs_().sum() / slot.size
+
+        def encode(numbers: Sequence[int]) -> None:
+            for number in numbers:
+                slot = layout.slots[number]
+                for start in range(slot.offset, slot.offset + slot.size, UNSHARED_VALUES):
+                    part = slice(start, min(slot.offset + slot.size, start + UNSHARED_VALUES))
+                    update = torch.lerp(new[part], momentum[part], self.beta1)
+                    torch.lt(update, 0, out=negative[part])
+                    sizes[number] += update.abs_().sum() / slot.size
+
+        share_out(encode, range(len(layout.slots)))
         if not bool(sizes.isfinite().all()):
             raise ValueError("cannot encode values that are not finite")
         if residual is not None:
             momentum.lerp_(new, 1 - self.beta2)
         bits = np.packbits(negative.numpy())
-        return b"".join([header(self.name, layout), sizes.numpy().astype("<f4").data, bits.data])
+        return b"".join([sizes.numpy().astype("<f4").data, bits.data, trailer(self.name, layout)])
 
     def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:
-        reader = Reader(blob, self.name, layout, self.max_bytes(layout) - HEADER_BYTES)
-        sizes = reader.take("<f4", len(layout.slots))
+        reader = Reader(payload(blob, self.name, layout, self.max_bytes(layout) - TRAILER_BYTES))
+        sizes = reader.take(np.float32, len(layout.slots))
         if not bool(((sizes >= 0) & (sizes <= MAX_MAGNITUDE)).all()):
             raise CodecError("sign: a tensor's size is not finite, negative or too large")
-        negative = unpack_bits(reader.take("u1", bits_bytes(layout.size)), layout.size)
-        values = np.empty(layout.size, dtype=np.float32)
-        for slot, size in zip(layout.slots, sizes, strict=True):
-            np.take(np.array([size, -size], dtype=np.float32), negative[slot.range], out=values[slot.range])
-        return Dense(values)
+        packed = reader.take(np.uint8, bits_bytes(layout.size))
+        check_padding(packed, layout.size)
+        return Quantized(
+            [
+                Blocks(slot.size, slot.size, sizes[number : number + 1], Signs(packed, slot.offset))
+                for number, slot in enumerate(layout.slots)
+            ]
+        )
 
     def max_bytes(self, layout: Layout) -> int:
-        return HEADER_BYTES + 4 * len(layout.slots) + bits_bytes(layout.size)
+        return 4 * len(layout.slots) + bits_bytes(layout.size) + TRAILER_BYTES
+
+
+@dataclass(frozen=True)
+class Signs:
+    """A tensor's codes, 1 and -1, unpacked where they are looked at."""
+
+    packed: npt.NDArray[np.uint8]
+    offset: int
+
+    def __getitem__(self, part: slice) -> npt.NDArray[np.int8]:
+        first, skipped = divmod(self.offset + part.start, 8)
+        count = part.stop - part.start
+        negative = np.unpackbits(self.packed[first : first + bits_bytes(skipped + count)], count=skipped + count)
+        codes = negative[skipped:].view(np.int8)
+        np.add(codes, codes, out=codes)
+        return np.subtract(1, codes, out=codes)

@@ -16,21 +16,28 @@ for the shorter one: low bits as planes, bitmaps of all chunks one after another
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
 
 import numpy as np
 import torch
 
 from potluck.errors import CodecError
-from potluck.swarm.aggregate import Contribution, Sparse
+from potluck.swarm.codecs import Codec
 from potluck.swarm.codecs.bits import bits_bytes, pack_planes, planes_bytes, unpack_bits, unpack_planes
-from potluck.swarm.codecs.frame import HEADER_BYTES, Reader, check_bounded, header
+from potluck.swarm.codecs.frame import TRAILER_BYTES, Reader, check_bounded, payload, trailer
 from potluck.swarm.codecs.top_k import top_k
+from potluck.swarm.contribution import Contribution, Sparse
 from potluck.swarm.layout import Flat, Layout, Slot
+from potluck.swarm.threads import share_out
 
 SIGMAS = 6.0
 LEVELS = 4
+#: About so many indices are decoded together.
+SLAB_KEPT: Final = 1 << 14
+MAX_INT32: Final = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Chunks:
         return planes_bytes(self.kept, self.low_bits) + bits_bytes(self.count * self.map_bits)
 
 
-class SparseCodec:
+class SparseCodec(Codec):
     name = "sparse"
     has_residual = True
 
@@ -78,48 +85,75 @@ class SparseCodec:
         self.chunk, self.k, self.beta = int(chunk), int(k), float(beta)
 
     def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
-        acc = torch.from_numpy(delta)
-        if residual is not None:
-            acc = torch.from_numpy(residual).mul_(self.beta).add_(acc)
-        parts = [header(self.name, layout)]
-        for slot in layout.slots:
-            groups = list(self._groups(slot))
-            inside = [top_k(acc[group.range].view(group.count, group.width), group.keep).numpy() for group in groups]
-            where = torch.from_numpy(
-                np.concatenate([i + group.offset for i, group in zip(inside, groups, strict=True)])
-            )
-            levels, codes = _quantize(acc[where].numpy())
-            parts += [levels.astype("<f4").tobytes(), pack_planes(codes, 2)]
-            parts += [_pack_indices(indices, group) for indices, group in zip(inside, groups, strict=True)]
-            if residual is not None:
-                acc[where] -= torch.from_numpy(levels[codes])
-        return b"".join(parts)
+        acc, parts = delta if residual is None else residual, [b""] * len(layout.slots)
+
+        def encode(numbers: Sequence[int]) -> None:
+            for number in numbers:
+                part = layout.slots[number].range
+                if residual is not None:
+                    np.multiply(residual[part], np.float32(self.beta), out=residual[part])
+                    np.add(residual[part], delta[part], out=residual[part])
+                groups = list(self._groups(layout.slots[number]))
+                parts[number] = self._encode(acc, groups, keep_rest=residual is not None)
+
+        share_out(encode, range(len(parts)))
+        return b"".join([*parts, trailer(self.name, layout)])
+
+    def _encode(self, acc: Flat, groups: Sequence[Chunks], keep_rest: bool) -> bytes:
+        """One tensor. `keep_rest`: what is sent is taken off `acc`."""
+        rows = (torch.from_numpy(acc[group.range]).view(group.count, group.width) for group in groups)
+        inside = [top_k(row, group.keep).numpy() for row, group in zip(rows, groups, strict=True)]
+        where = np.concatenate([indices + group.offset for indices, group in zip(inside, groups, strict=True)])
+        values = acc[where]
+        codes = self._codes(values)
+        levels = _means(values, codes)
+        if keep_rest:
+            acc[where] = values - levels[codes]
+        packed = [_pack_indices(indices, group) for indices, group in zip(inside, groups, strict=True)]
+        return b"".join([levels.astype("<f4").tobytes(), pack_planes(codes, 2), *packed])
 
     def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:
-        reader = Reader(blob, self.name, layout, self.max_bytes(layout) - HEADER_BYTES)
-        total = sum(group.kept for slot in layout.slots for group in self._groups(slot))
-        indices, values, at = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.float32), 0
+        plan, payload_bytes, total = [], 0, 0
         for slot in layout.slots:
             groups = list(self._groups(slot))
+            plan.append((groups, payload_bytes, total))
             kept = sum(group.kept for group in groups)
-            levels = reader.take("<f4", LEVELS)
-            check_bounded(self.name, levels)
-            codes = unpack_planes(reader.take("u1", planes_bytes(kept, 2)), kept, 2)
-            np.take(levels, codes, out=values[at : at + kept], mode="clip")  # two bits are in range: nothing is clipped
-            for group in groups:
-                low = reader.take("u1", planes_bytes(group.kept, group.low_bits))
-                bitmap = reader.take("u1", bits_bytes(group.count * group.map_bits))
-                _unpack_indices(low, bitmap, group, indices[at : at + group.kept])
-                at += group.kept
+            payload_bytes, total = payload_bytes + _tensor_bytes(groups), total + kept
+        view = payload(blob, self.name, layout, payload_bytes)
+        indices = np.empty(total, dtype=np.int32 if layout.size <= MAX_INT32 else np.int64)
+        values = np.empty(total, dtype=np.float32)
+
+        def decode(tensors: Sequence[tuple[list[Chunks], int, int]]) -> None:
+            for groups, begin, at in tensors:
+                self._decode(groups, Reader(view, begin), indices[at:], values[at:])
+
+        share_out(decode, plan)
         return Sparse(indices, values)
 
+    def _decode(self, groups: Sequence[Chunks], reader: Reader, indices: np.ndarray, values: Flat) -> None:
+        """One tensor, into the beginning of `indices` and `values`."""
+        kept, at = sum(group.kept for group in groups), 0
+        levels = reader.take(np.float32, LEVELS)
+        check_bounded(self.name, levels)
+        codes = unpack_planes(reader.take(np.uint8, planes_bytes(kept, 2)), kept, 2)
+        np.take(levels, codes, out=values[:kept], mode="clip")  # two bits are in range: nothing is clipped
+        for group in groups:
+            low = reader.take(np.uint8, planes_bytes(group.kept, group.low_bits))
+            bitmap = reader.take(np.uint8, bits_bytes(group.count * group.map_bits))
+            _unpack_indices(low, bitmap, group, indices[at : at + group.kept])
+            at += group.kept
+
     def max_bytes(self, layout: Layout) -> int:
-        payload = 0
-        for slot in layout.slots:
-            groups = list(self._groups(slot))
-            kept = sum(group.kept for group in groups)
-            payload += 4 * LEVELS + planes_bytes(kept, 2) + sum(group.index_bytes for group in groups)
-        return HEADER_BYTES + payload
+        tensors = (list(self._groups(slot)) for slot in layout.slots)
+        return sum(_tensor_bytes(groups) for groups in tensors) + TRAILER_BYTES
+
+    def _codes(self, values: Flat) -> np.ndarray:
+        """Of each value 0 to 3: bins a quarter of six standard deviations wide."""
+        scale = SIGMAS * values.std() / LEVELS
+        if not scale > 0:
+            return np.zeros(values.size, dtype=np.uint8)
+        codes: np.ndarray = np.rint((values - values.mean()) / scale + 2).clip(0, LEVELS - 1).astype(np.uint8)
+        return codes
 
     def _groups(self, slot: Slot) -> Iterator[Chunks]:
         full, rest = divmod(slot.size, self.chunk)
@@ -128,6 +162,11 @@ class SparseCodec:
         if rest:
             keep = min(rest, max(1, round(self.k * rest / self.chunk)))
             yield Chunks(slot.offset + full * self.chunk, 1, rest, keep)
+
+
+def _tensor_bytes(groups: Sequence[Chunks]) -> int:
+    kept = sum(group.kept for group in groups)
+    return 4 * LEVELS + planes_bytes(kept, 2) + sum(group.index_bytes for group in groups)
 
 
 def _pack_indices(indices: np.ndarray, group: Chunks) -> bytes:
@@ -140,33 +179,41 @@ def _pack_indices(indices: np.ndarray, group: Chunks) -> bytes:
 
 
 def _unpack_indices(low: np.ndarray, bitmap: np.ndarray, group: Chunks, into: np.ndarray) -> None:
-    """Writes flat indices in the layout, (kept,), int64. Raises CodecError unless each chunk has its k, ascending and
-    in range."""
-    bits = unpack_bits(bitmap, group.count * group.map_bits)
-    ones = np.flatnonzero(bits.view(np.bool_))
-    if ones.size != group.kept:
-        raise CodecError("sparse: not as many indices as there are values")
-    starts = np.arange(group.count)[:, None]
-    inside = into.reshape(group.count, group.keep)
-    np.subtract(ones.reshape(inside.shape), group.map_bits * starts + np.arange(group.keep), out=inside)
-    # A one that belongs to the chunk before or after shows as an index out of range.
-    below = bool((inside[:, 0] < 0).any())
-    np.left_shift(inside, group.low_bits, out=inside)
-    np.bitwise_or(inside, unpack_planes(low, group.kept, group.low_bits).reshape(inside.shape), out=inside)
-    if below or bool((inside[:, -1] >= group.width).any()):
-        raise CodecError("sparse: indices out of range")
-    if bool((inside[:, 1:] <= inside[:, :-1]).any()):
-        raise CodecError("sparse: indices are not increasing")
-    inside += group.offset + group.width * starts
+    """Writes flat indices in the layout, (kept,). Raises CodecError unless each chunk has its k, ascending and
+    in range. Chunks are taken in eights (bytes' worth of each plane), as many as stay in the processor's cache."""
+    planes = low.reshape(group.low_bits, bits_bytes(group.kept))
+    step = max(8, SLAB_KEPT // group.keep // 8 * 8)
+    for first in range(0, group.count, step):
+        count = min(step, group.count - first)
+        kept, of_map = first * group.keep, first * group.map_bits
+        bits = unpack_bits(bitmap[of_map // 8 : bits_bytes(of_map + count * group.map_bits)], count * group.map_bits)
+        ones = bits.view(np.bool_).nonzero()[0]
+        if ones.size != count * group.keep:
+            raise CodecError("sparse: not as many indices as there are values")
+        found = into[kept : kept + ones.size]
+        np.left_shift(ones.astype(found.dtype), group.low_bits, out=found)
+        rest = planes[:, kept // 8 : bits_bytes(kept + ones.size)]
+        np.bitwise_or(found, unpack_planes(rest, ones.size, group.low_bits), out=found)
+        np.add(found, _shifts(count, group.width, group.keep, found.dtype), out=found)
+        if (found[1:] <= found[:-1]).any():
+            raise CodecError("sparse: indices are not increasing")
+        # A one that belongs to the chunk before or after shows as an index out of range.
+        starts = np.arange(0, count * group.width, group.width)
+        if (found[:: group.keep] < starts).any() or (found[group.keep - 1 :: group.keep] >= starts + group.width).any():
+            raise CodecError("sparse: indices out of range")
+        np.add(found, group.offset + first * group.width, out=found)
 
 
-def _quantize(values: Flat) -> tuple[np.ndarray, np.ndarray]:
-    """(levels (4,), code of each value): bins a quarter of six standard deviations wide, decoded as their means."""
-    shift = values.mean()
-    scale = SIGMAS * values.std() / LEVELS
-    if not scale > 0:
-        return np.full(LEVELS, shift, dtype=np.float32), np.zeros(values.size, dtype=np.uint8)
-    codes = np.rint((values - shift) / scale + 2).clip(0, LEVELS - 1).astype(np.uint8)
+@lru_cache(maxsize=16)
+def _shifts(count: int, width: int, keep: int, dtype: np.dtype[np.integer]) -> np.ndarray:
+    """By how much (place in the bitmaps << low bits) is less than an index without its low bits: (count * keep,)."""
+    group = Chunks(0, count, width, keep)
+    of_chunk = np.arange(count) * (width - (group.map_bits << group.low_bits))
+    return (of_chunk[:, None] - (np.arange(keep) << group.low_bits)).reshape(-1).astype(dtype)
+
+
+def _means(values: Flat, codes: np.ndarray) -> Flat:
+    """What each code decodes as, (4,): the mean of the values that have it."""
     counts = np.bincount(codes, minlength=LEVELS)
     sums = np.bincount(codes, weights=values, minlength=LEVELS)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), 0.0).astype(np.float32), codes
+    return np.where(counts > 0, sums / np.maximum(counts, 1), 0.0).astype(np.float32)

@@ -138,7 +138,14 @@ def test_any_value_anywhere_is_read_or_refused_clearly(value, where) -> None:
     [
         ({"rounds__seconds": 1}, r"rounds\.seconds is 1: .*greater than or equal to 2"),
         ({"rounds__exchange_seconds": 2.5}, r"rounds: exchange_seconds is 2\.5, allowed less than half"),
-        ({"rounds__overlap": True}, r"rounds\.overlap is True: .*False"),
+        (
+            {"rounds__overlap": True, "rounds__exchange_seconds": 5.0},
+            r"exchange_seconds is 5, allowed less than",
+        ),
+        ({"rounds__overlap": True, "model__stages": 2}, r"rounds\.overlap is for data-parallel runs"),
+        ({"rounds__overlap": True, "incentives__validators": [peer_id_of(bytes(32))]}, r"rounds\.overlap does not go"),
+        ({"rounds__stream": 2, "incentives__validators": [peer_id_of(bytes(32))]}, r"rounds\.stream does not go"),
+        ({"rounds__stream": 2, "rounds__exchange": "sliced"}, r"rounds\.stream goes with rounds\.exchange"),
         ({"rounds__speed": 1}, r"rounds\.speed is unknown, allowed here: seconds, steps"),
         ({"colour": 1}, r"colour is unknown, allowed here: version, name"),
         ({"version": 2}, r"version is 2, this program knows version 1"),

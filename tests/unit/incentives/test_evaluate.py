@@ -19,7 +19,8 @@ from potluck.incentives.evaluate import (
     trial_delta,
 )
 from potluck.net.host import PeerId
-from potluck.swarm.aggregate import Dense, Sparse, aggregate, token_weights
+from potluck.swarm.aggregate import aggregate, token_weights
+from potluck.swarm.contribution import Dense, Sparse
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.model import build_module
 from potluck.swarm.stage import stage_layout

@@ -13,7 +13,9 @@ from potluck.incentives.entries import encode
 from potluck.incentives.judge import LEAST, MOST, Effort, Judge, Judgement, Promise, Seen
 from potluck.net.host import PeerId
 from potluck.sim.peer import identity_of
-from potluck.swarm.aggregate import Contribution, Dense, aggregate, token_weights
+from potluck.swarm.aggregate import aggregate, token_weights
+from potluck.swarm.codecs import make_codec
+from potluck.swarm.contribution import Contribution, Dense
 from potluck.swarm.data import Corpus
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.phases import Round
@@ -322,3 +324,17 @@ def test_effort_follows_the_time_that_judging_takes() -> None:
     for _ in range(20):
         effort = effort.after(0.1, 10.0)
     assert effort == MOST and effort.after(2.0, 10.0) == MOST
+
+
+def test_contributions_in_another_basis_are_credited_for_what_they_do_to_parameters() -> None:
+    codec, theta, round_ = make_codec("demo", {"k": 1024}), LAYOUT.zeros(), Round(0)
+    deltas = {peer: trained(peer, round_, theta).values for peer in PEERS}
+    came = {peer: codec.decode(codec.encode(delta, LAYOUT), LAYOUT) for peer, delta in deltas.items()}
+    commits = {peer: promise(theta, peer) for peer in PEERS}
+    weights = token_weights({peer: commits[peer].tokens for peer in PEERS})
+    after = theta - codec.update_of(aggregate(came, weights, LAYOUT), LAYOUT)
+    seen = Seen("m", round_, theta, after, state(theta), state(after), commits, came, {}, weights)
+    judged = Judge("a" * 52, ME, MODEL, CORPUS, offsets, codec=codec).judge(seen, Effort(windows=32, tests=8))
+    credited = sum(weights[peer] * entry(judged, peer).alignment for peer in PEERS)
+    assert credited == pytest.approx(judged.round.credit, rel=1e-3) and credited > 0
+    assert all(entry(judged, peer).random_delta > 0 for peer in PEERS)

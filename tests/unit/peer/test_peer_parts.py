@@ -229,9 +229,9 @@ def test_a_model_too_large_is_refused_before_it_is_built(monkeypatch: pytest.Mon
 def test_eight_bit_moments_take_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(hardware, "free_memory", lambda device: 35 * 10**6)
-    hardware.check_fits(10**6, "adamw8bit", 1, cpu)
+    hardware.check_fits(10**6, "adamw8bit", cpu)
     with pytest.raises(HardwareError):
-        hardware.check_fits(10**6, "adamw", 1, cpu)
+        hardware.check_fits(10**6, "adamw", cpu)
 
 
 def test_tokens_without_an_embedding_are_refused() -> None:

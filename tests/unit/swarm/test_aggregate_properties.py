@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potluck.net.host import PeerId
-from potluck.swarm.aggregate import Dense, Sparse, aggregate, token_weights
+from potluck.swarm.aggregate import aggregate, token_weights
 from potluck.swarm.agreement import Claim, agreement, network_at_fault
+from potluck.swarm.contribution import Dense, Sparse
 from potluck.swarm.exact import norm, tree_sum
 from potluck.swarm.fragments import blend, decode_fragment, encode_fragment, fragment_range
 from potluck.swarm.layout import Layout
@@ -119,7 +120,7 @@ def test_outer_step_is_torchs_nesterov_sgd() -> None:
 
 def test_plain_averaging_subtracts_the_update() -> None:
     theta, update = some(0).values, some(1).values
-    stepped, velocity = OuterStep().apply(theta, None, update, 3)
+    stepped, velocity = OuterStep().apply(theta, None, update.copy(), 3)
     assert velocity is None and np.array_equal(stepped, theta - update)
 
 

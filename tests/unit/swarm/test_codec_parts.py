@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck.errors import CodecError
-from potluck.swarm.aggregate import Dense, Sparse
 from potluck.swarm.codecs import make_codec
 from potluck.swarm.codecs.bits import pack_planes, planes_bytes, unpack_planes
 from potluck.swarm.codecs.sparse import SparseCodec
 from potluck.swarm.codecs.top_k import top_k
+from potluck.swarm.contribution import Quantized, Sparse
 from potluck.swarm.layout import Layout
 
 
@@ -92,7 +92,7 @@ def test_int4_errs_by_at_most_half_a_step_of_its_block(seed: int, scale: float) 
     layout, codec = Layout.of([("a", (1001,))]), make_codec("int4", {"block": 64})
     wanted = (np.random.default_rng(seed).standard_normal(layout.size) * scale).astype(np.float32)
     got = codec.decode(codec.encode(wanted, layout), layout)
-    assert isinstance(got, Dense)
+    assert isinstance(got, Quantized)
     for start in range(0, layout.size, 64):
         part = slice(start, start + 64)
         step = np.abs(wanted[part]).max() / 7
@@ -108,7 +108,7 @@ def test_signs_follow_lions_momentum_and_have_its_size() -> None:
         update = 0.9 * expected + 0.1 * delta
         got = codec.decode(codec.encode(delta, layout, momentum), layout)
         expected = 0.99 * expected + 0.01 * delta
-        assert isinstance(got, Dense)
+        assert isinstance(got, Quantized)
         np.testing.assert_allclose(momentum, expected, atol=1e-6)
         clear = np.abs(update) > 1e-6
         assert bool((np.sign(got.values[clear]) == np.sign(update[clear])).all())

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from potluck.net.host import PeerId
 from potluck.swarm import robust
-from potluck.swarm.aggregate import RULE_NAMES, Contribution, Dense, Sparse, aggregate
+from potluck.swarm.aggregate import RULE_NAMES, aggregate
+from potluck.swarm.contribution import Contribution, Dense, Sparse
 from potluck.swarm.layout import Layout
 
 LAYOUT = Layout.of([("a", (40,)), ("b", (3, 7))])

@@ -1,0 +1,563 @@
+"""What it costs four peers to average a module: Potluck's rounds beside hivemind's DecentralizedAverager.
+
+    python benchmarks/averaging.py [--quick] [--parameters 25] [--syncs 5] [--peers 4] [--mbit 100] [--ways int8,none]
+
+Each peer is a process with its own libp2p daemon. The same processes average the same number of parameters, one way
+after another: `none` and `int8` in sliced rounds, `sparse` in whole ones; hivemind in float32, float16 and uniform
+8 bit. First on loopback, then in network namespaces whose lines carry `--mbit` each way (needs root).
+
+Ours are real rounds (`GossipReplica`, DHT, signed commits, blobs) whose trainer gives a constant pseudo-gradient. A
+sync is what the slowest peer takes to encode and commit, to read the group, pull and aggregate, and to apply the update
+and know its digest; the waits for the round's deadlines, in which nothing is done, are not counted. Of hivemind it is
+the all-reduce alone: its matchmaking is over when the clock starts. CPU seconds are of a peer's whole process tree, its
+daemon included; ours count everything from the round's start to its end. Bytes are what a peer's line received on the
+shaped link, headers and what lies between two syncs included (on loopback what the RPC layer counted, ours only).
+
+The last line is JSON; ratios are hivemind's over ours, of medians over syncs: `int8_*` against its uniform 8 bit,
+`none_*` against its float32, `sparse_*` against its 8 bit on the shaped line. `shaped_ratio`: the bytes that `int8`
+received over its seconds, as a part of the line's rate. Goals: int8 and none 3 times as fast at half the CPU on
+loopback; shaped_ratio 0.9; sparse 20 times fewer bytes than 8 bit, 80 times fewer than float32, and 5 times as fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "lab"))
+
+import numpy as np
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RUN: Final = "a" * 52
+SIDE: Final = 1000
+OURS: Final = {"none": ("none", True), "int8": ("int8", True), "sparse": ("sparse", False)}
+THEIRS: Final = ("float32", "float16", "uniform8")
+console = Console(stderr=True)
+
+
+# --- a peer
+
+
+class Constant:
+    """Gives the same pseudo-gradient every round. Implements `swarm.rounds.Trainer`."""
+
+    def __init__(self, millions: int, seed: int) -> None:
+        from potluck.swarm.layout import Layout
+
+        self.layout = Layout.of([(f"layer.{n:03}", (SIDE, SIDE)) for n in range(millions)])
+        dice = np.random.default_rng(seed)
+        self._delta = dice.standard_normal(self.layout.size, dtype=np.float32) * np.float32(1e-3)
+
+    def load(self, theta: Any) -> None: ...
+    def forget(self) -> None: ...
+
+    def train(self, batches: Any, max_steps: int, first_step: int, may_start: Any = None) -> Any:
+        from potluck.swarm.local import LocalResult
+
+        return LocalResult(1, 1000, 1.0, 1.0, 0.0)
+
+    def delta(self, theta: Any) -> Any:
+        return self._delta
+
+    def evaluate(self, tokens: Any) -> float:
+        return 1.0
+
+
+def cpu_seconds() -> float:
+    """Of this process and all that it started."""
+    return sum(cpu_of_processes())
+
+
+def cpu_of_processes() -> list[float]:
+    """Of this one, and of the others."""
+    mine = psutil.Process()
+    total = 0.0
+    for process in mine.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    times = mine.cpu_times()
+    return [times.user + times.system, total]
+
+
+class OurPeer:
+    """Node, DHT and exchange as a volunteer's peer has them."""
+
+    async def open(self, home: Path, listen: str) -> str:
+        from potluck.net.clock import RunClock
+        from potluck.net.identity import Identity
+        from potluck.peer.home import RunFolder
+        from potluck.peer.node import NetworkSettings, Node
+
+        self.clock = RunClock(time.time, time.monotonic)
+        folder = RunFolder(home, RUN)  # type: ignore[arg-type]
+        folder.path.mkdir(parents=True)
+        settings = NetworkSettings(listen=(f"/ip4/{listen}/tcp/0",), nat_port_map=False)
+        self.identity = Identity.load_or_create(home / "key")
+        self.node = Node(self.identity, folder, self.clock, lambda name, **fields: None, settings)
+        await self.node.__aenter__()
+        address = str((await self.node.host.get_visible_maddrs())[0])
+        return address if "/p2p/" in address else f"{address}/p2p/{self.identity.peer_id}"
+
+    async def meet(self, addresses: Sequence[str]) -> None:
+        from potluck.dht.directory import Directory
+        from potluck.dht.node import start_dht
+
+        await self.node.dial([each for each in addresses if self.identity.peer_id not in each])
+        self.dht = await start_dht(
+            self.node.host,
+            RUN,  # type: ignore[arg-type]
+            initial_peers=await self.node.connected(),
+            max_ahead_seconds=3600,
+            clock=self.clock.now,
+        )
+        self.directory = Directory(self.dht, self.identity, RUN, clock=self.clock.now)  # type: ignore[arg-type]
+
+    async def average(self, asked: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rounds, the first of which is not told."""
+        from potluck.swarm.codecs import make_codec
+        from potluck.swarm.exchange import NetworkExchange
+        from potluck.swarm.follower import RoundRules
+        from potluck.swarm.outer import OuterStep
+        from potluck.swarm.phases import Round, RoundClock
+        from potluck.swarm.rounds import GossipReplica
+        from potluck.swarm.state import ReplicaState
+        from potluck.swarm.waits import WaitBoard
+
+        codec, sliced = OURS[asked["way"]]
+        trainer = Constant(asked["millions"], asked["number"])
+        exchange = NetworkExchange(
+            self.directory,
+            self.node.rpc,
+            self.node.store,
+            retain_seconds=2 * asked["seconds"],
+            keep_states=2,
+            slices=self.node.slices,
+        )
+        told: list[dict[str, Any]] = []
+        before = [0.0, 0.0]
+
+        def emit(name: str, **fields: Any) -> None:
+            if name == "swarm.round.started":
+                before[:] = cpu_of_processes()
+            elif name == "swarm.round.applied":
+                seconds = fields["seconds"]
+                told.append(
+                    {
+                        "seconds": seconds["commit"] + seconds["pull"] + seconds["apply"],
+                        "parts": {part: round(seconds[part], 3) for part in ("commit", "pull", "apply")},
+                        "cpu": cpu_seconds() - sum(before),
+                        "daemon_cpu": cpu_of_processes()[1] - before[1],
+                        "received": fields["bytes_received"],
+                        "group": len(fields["group"]),
+                        "digest": fields["digest"],
+                    }
+                )
+                if len(told) > asked["syncs"]:
+                    replica.finish()
+            elif "failed" in name or "lied" in name or "raw" in name or "skipped" in name or "incomplete" in name:
+                sys.stderr.write(f"{time.time():.2f} {asked['number']} {asked['way']}: {name} {fields}\n")
+
+        module = f"{asked['way']}.{asked['seconds']:g}"
+        rules = RoundRules(
+            clock=RoundClock(asked["genesis"], asked["seconds"], 0.96 * asked["seconds"]),
+            steps=1,
+            step_tokens=0,
+            group_size=16,
+            retain=2,
+            fragments=8,
+            sync_limit=3.0,
+            clip=True,
+            sliced=sliced,
+        )
+        replica = GossipReplica(
+            trainer=trainer,  # type: ignore[arg-type]
+            batches=lambda round_: iter(()),
+            held_out=torch.zeros(1, 2, dtype=torch.long),
+            peer=self.identity.peer_id,
+            module=module,
+            rules=rules,
+            codec=make_codec(codec),
+            outer=OuterStep(1.0, 0.0, True, 0),
+            exchange=exchange,
+            now=self.clock.now,
+            waits=WaitBoard(self.clock.now),
+            emit=emit,
+            session=bytes(16),
+        )
+        await replica.run(ReplicaState(module, trainer.layout, Round(0), trainer.layout.zeros()))
+        exchange.close()
+        return told[1:]
+
+    async def close(self) -> None:
+        from potluck.dht.node import stop_dht
+
+        await stop_dht(self.dht)
+        await self.node.__aexit__()
+
+
+class TheirPeer:
+    """hivemind's DHT and one averager per compression."""
+
+    def open(self, listen: str, initial: Sequence[str]) -> list[str]:
+        import hivemind
+
+        self.dht = hivemind.DHT(
+            initial_peers=list(initial), host_maddrs=[f"/ip4/{listen}/tcp/0"], start=True, use_ipfs=False
+        )
+        return [str(address) for address in self.dht.get_visible_maddrs()]
+
+    def average(self, asked: dict[str, Any], ready: Any, go: Any) -> list[dict[str, Any]]:
+        """`ready()` says that a group is found, `go()` waits until all have one."""
+        import hivemind
+        from hivemind.averaging import DecentralizedAverager
+        from hivemind.averaging.control import AveragingStage
+        from hivemind.compression import Float16Compression, NoCompression, Uniform8BitQuantization
+
+        kinds = {"float32": NoCompression(), "float16": Float16Compression(), "uniform8": Uniform8BitQuantization()}
+        dice = torch.Generator().manual_seed(asked["number"])
+        tensors = [1e-3 * torch.randn(SIDE, SIDE, generator=dice) for _ in range(asked["millions"])]
+        averager = DecentralizedAverager(
+            tensors,
+            self.dht,
+            start=True,
+            prefix=f"bench-{asked['way']}",
+            target_group_size=asked["peers"],
+            min_group_size=asked["peers"],
+            compression=kinds[asked["way"]],
+            min_matchmaking_time=2.0,
+            request_timeout=5.0,
+        )
+        told = []
+        try:
+            for _ in range(asked["syncs"] + 1):
+                step = averager.step(wait=False, require_trigger=True, timeout=120, allow_retries=True)
+                until = time.monotonic() + 60
+                while step.stage != AveragingStage.AWAITING_TRIGGER and time.monotonic() < until:
+                    time.sleep(0.005)
+                ready()
+                go()
+                before, began = cpu_seconds(), time.perf_counter()
+                step.allow_allreduce()
+                found = step.result(timeout=300)
+                seconds = time.perf_counter() - began
+                told.append({"seconds": seconds, "cpu": cpu_seconds() - before, "group": len(found or ())})
+        finally:
+            averager.shutdown()
+        del hivemind
+        return told[1:]
+
+    def close(self) -> None:
+        self.dht.shutdown()
+
+
+def say(answer: Any) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+async def serve_ours(home: Path) -> None:
+    """Commands come as lines of JSON, answers go as such. Ends with the command to close."""
+    ours = OurPeer()
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        asked = json.loads(line)
+        match asked["do"]:
+            case "open ours":
+                say(await ours.open(home, asked["listen"]))
+            case "meet":
+                say(await ours.meet(asked["addresses"]))
+            case "ours":
+                say(await ours.average(asked))
+            case "close ours":
+                say(await ours.close())
+                return
+
+
+def serve_theirs() -> None:
+    """In the main thread and without a loop, as hivemind wants it."""
+    theirs = TheirPeer()
+    for line in iter(sys.stdin.readline, ""):
+        asked = json.loads(line)
+        match asked["do"]:
+            case "open theirs":
+                say(theirs.open(asked["listen"], asked["initial"]))
+            case "theirs":
+                say(theirs.average(asked, lambda: say("ready"), sys.stdin.readline))
+            case "close theirs":
+                say(theirs.close())
+
+
+# --- the group
+
+
+class Worker:
+    def __init__(self, number: int, home: Path, listen: str, prefix: Sequence[str]) -> None:
+        self.number, self.listen = number, listen
+        home.mkdir()
+        self._log = (home / "stderr").open("w+")
+        self._process = subprocess.Popen(
+            [*prefix, sys.executable, __file__, "--worker", str(home)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def tell(self, do: str, **fields: Any) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"do": do, "number": self.number, **fields}) + "\n")
+        self._process.stdin.flush()
+
+    def hear(self) -> Any:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError(f"peer {self.number} ended: {self._log.read()[-3000:]}")
+        return json.loads(line)
+
+    def complaints(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def close(self) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            for child in psutil.Process(self._process.pid).children(recursive=True):
+                child.kill()
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+class Group:
+    """Peers on one network. `received()`: bytes that their lines received so far, or None on loopback."""
+
+    def __init__(self, workers: Sequence[Worker], received: Any = None) -> None:
+        self.workers, self.received = workers, received
+
+    def all(self, do: str, **fields: Any) -> list[Any]:
+        for worker in self.workers:
+            worker.tell(do, **fields)
+        return [worker.hear() for worker in self.workers]
+
+    def open(self) -> None:
+        addresses = [self._one(worker, "open ours", listen=worker.listen) for worker in self.workers]
+        for worker in self.workers:  # one after another: each finds those before it
+            self._one(worker, "meet", addresses=addresses[: worker.number])
+
+    def open_theirs(self) -> None:
+        initial: list[str] = []
+        for worker in self.workers:
+            initial += self._one(worker, "open theirs", listen=worker.listen, initial=initial[:1])
+
+    def _one(self, worker: Worker, do: str, **fields: Any) -> Any:
+        worker.tell(do, **fields)
+        return worker.hear()
+
+    def ours(self, way: str, millions: int, syncs: int, seconds: float) -> dict[str, Any]:
+        before = self.received() if self.received else None
+        genesis = time.time() + 1.5
+        told = self.all("ours", way=way, millions=millions, syncs=syncs, seconds=seconds, genesis=genesis)
+        row = self._row(way, told, before, syncs)
+        row["parts"] = {
+            part: statistics.median(one["parts"][part] for peer in told for one in peer)
+            for part in ("commit", "pull", "apply")
+        }
+        row["daemon_cpu"] = statistics.median(one["daemon_cpu"] for peer in told for one in peer)
+        row["counted_mb"] = statistics.median(one["received"] for peer in told for one in peer) / 1e6
+        row["one_state"] = all(len({peer[n]["digest"] for peer in told}) == 1 for n in range(syncs))
+        return row
+
+    def theirs(self, way: str, millions: int, syncs: int) -> dict[str, Any]:
+        before = self.received() if self.received else None
+        for worker in self.workers:
+            worker.tell("theirs", way=way, millions=millions, syncs=syncs, peers=len(self.workers))
+        for _ in range(syncs + 1):
+            for worker in self.workers:
+                if (said := worker.hear()) != "ready":
+                    raise RuntimeError(f"hivemind's averager: {said}")
+            for worker in self.workers:
+                worker.tell("go")
+        return self._row(way, [worker.hear() for worker in self.workers], before, syncs)
+
+    def _row(self, way: str, told: list[list[dict[str, Any]]], before: Any, syncs: int) -> dict[str, Any]:
+        groups = {one["group"] for peer in told for one in peer}
+        if groups != {len(self.workers)}:
+            console.print(f"{way}: groups of {groups}, not all {len(self.workers)}", style="yellow")
+        received = None
+        if before is not None:  # the first sync is no other than those that are told
+            received = statistics.mean(b - a for a, b in zip(before, self.received(), strict=True)) / (syncs + 1) / 1e6
+        row = {
+            "way": way,
+            "seconds": statistics.median(max(peer[n]["seconds"] for peer in told) for n in range(syncs)),
+            "cpu": statistics.median(statistics.mean(peer[n]["cpu"] for peer in told) for n in range(syncs)),
+            "line_mb": received,
+        }
+        console.print(
+            f"{way}: {row['seconds']:.2f} s, {row['cpu']:.2f} CPU s per peer"
+            + (f", {received:.1f} MB received" if received else "")
+        )
+        return row
+
+
+@contextlib.contextmanager
+def loopback(home: Path, peers: int) -> Iterator[Group]:
+    workers = [Worker(n, home / f"l{n}", "127.0.0.1", ()) for n in range(peers)]
+    try:
+        yield Group(workers)
+    finally:
+        _end(workers)
+
+
+@contextlib.contextmanager
+def shaped(home: Path, peers: int, mbit: float) -> Iterator[Group]:
+    from network import Lab
+
+    with Lab() as lab:
+        sites = [lab.host(f"peer{n}", down_mbit=mbit, up_mbit=mbit) for n in range(peers)]
+        workers = [Worker(n, home / f"s{n}", site.address, site.enter) for n, site in enumerate(sites)]
+        try:
+            yield Group(workers, lambda: [lab.received(site) for site in sites])
+        finally:
+            _end(workers)
+
+
+def _end(workers: Sequence[Worker]) -> None:
+    for worker in workers:
+        said = [line for line in worker.complaints().splitlines() if "swarm." in line or "Error" in line]
+        if said:
+            console.print(f"peer {worker.number}: " + "\n".join(said[:6]), style="dim")
+    threads = [threading.Thread(target=worker.close) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def chosen(options: argparse.Namespace, ways: Sequence[str]) -> list[str]:
+    return [way for way in ways if not options.ways or way in options.ways.split(",")]
+
+
+def measure(
+    group: Group, ours: Sequence[str], theirs: Sequence[str], millions: int, syncs: int, wait: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    rows = {}
+    group.open()
+    for way in ours:
+        rows[way] = group.ours(way, millions, syncs, wait[way])
+    group.all("close ours")
+    group.open_theirs()
+    for way in theirs:
+        rows[way] = group.theirs(way, millions, syncs)
+    group.all("close theirs")
+    return rows
+
+
+def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    table = Table(title=title)
+    for column in ("", "seconds", "commit + pull + apply", "CPU s per peer", "MB received per peer"):
+        table.add_column(column, justify="right" if column else "left")
+    for way, row in rows.items():
+        parts = " + ".join(f"{each:.2f}" for each in row["parts"].values()) if "parts" in row else ""
+        size = row["line_mb"] or row.get("counted_mb")
+        name = f"Potluck {way}" if way in OURS else f"hivemind {way}"
+        table.add_row(name, f"{row['seconds']:.2f}", parts, f"{row['cpu']:.2f}", f"{size:.2f}" if size else "")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="within 50 s: fewer parameters, one or two syncs")
+    parser.add_argument("--parameters", type=int, default=25, help="millions")
+    parser.add_argument("--syncs", type=int, default=5)
+    parser.add_argument("--peers", type=int, default=4)
+    parser.add_argument("--mbit", type=float, default=100.0)
+    parser.add_argument("--only", choices=["loopback", "shaped"], help="one of both networks")
+    parser.add_argument("--ways", help="only these, for example int8,uniform8")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        import uvloop
+
+        torch.set_num_threads(1)
+        uvloop.run(serve_ours(options.worker))
+        serve_theirs()
+        return
+    millions, syncs = (10, 2) if options.quick else (options.parameters, options.syncs)
+    home = Path(tempfile.mkdtemp(prefix="pla", dir="/tmp"))
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    try:
+        if options.only != "shaped":
+            slowest = {"none": 2.0 + 0.8 * millions, "int8": 2.0 + 0.4 * millions, "sparse": 2.0 + 0.3 * millions}
+            theirs = ("float32", "uniform8") if options.quick else THEIRS
+            with loopback(home, options.peers) as group:
+                found["loopback"] = measure(
+                    group, chosen(options, list(OURS)), chosen(options, theirs), millions, syncs, slowest
+                )
+            show(f"loopback, {millions}M parameters, {options.peers} peers", found["loopback"])
+        if options.only != "loopback":
+            line = 8 / options.mbit  # seconds per MB
+            of_line = {"none": 8.0, "int8": 2.0, "sparse": 0.4}
+            slowest = {way: 2.0 + 0.08 * millions + 2.2 * line * each * millions for way, each in of_line.items()}
+            ours = ["int8", "sparse"] if options.quick else list(OURS)
+            theirs = ("uniform8",) if options.quick else THEIRS
+            with shaped(home, options.peers, options.mbit) as group:
+                found["shaped"] = measure(
+                    group,
+                    chosen(options, ours),
+                    chosen(options, theirs),
+                    millions,
+                    1 if options.quick else syncs,
+                    slowest,
+                )
+            show(f"lines of {options.mbit:g} Mbit/s, {millions}M parameters", found["shaped"])
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    print(json.dumps(summary(found, options.mbit, millions)))
+
+
+def summary(found: dict[str, dict[str, dict[str, Any]]], mbit: float, millions: int) -> dict[str, Any]:
+    says: dict[str, Any] = {"parameters": millions * 1_000_000}
+
+    def ratio(network: str, theirs: str, ours: str, what: str) -> float | None:
+        rows = found.get(network, {})
+        if theirs not in rows or ours not in rows:
+            return None
+        return round(rows[theirs][what] / rows[ours][what], 2)
+
+    says["int8_speedup"] = ratio("loopback", "uniform8", "int8", "seconds")
+    says["int8_cpu_ratio"] = ratio("loopback", "uniform8", "int8", "cpu")
+    says["none_speedup"] = ratio("loopback", "float32", "none", "seconds")
+    says["none_cpu_ratio"] = ratio("loopback", "float32", "none", "cpu")
+    says["sparse_speedup"] = ratio("shaped", "uniform8", "sparse", "seconds")
+    says["sparse_bytes_ratio"] = ratio("shaped", "uniform8", "sparse", "line_mb")
+    says["sparse_bytes_ratio_to_float32"] = ratio("shaped", "float32", "sparse", "line_mb")
+    says["shaped_int8_speedup"] = ratio("shaped", "uniform8", "int8", "seconds")
+    if row := found.get("shaped", {}).get("int8"):
+        says["shaped_ratio"] = round(row["line_mb"] * 8 / mbit / row["seconds"], 3)
+    says["rows"] = {network: list(rows.values()) for network, rows in found.items()}
+    return says
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Dense codecs' payloads: segments that are fetched, checked and decoded one by one (sliced exchange, `rounds.md`).
+
+Segment i lies at byte i * `CHUNK_BYTES` of the blob, where chunk i of a transfer is, and has the next `segment_values`
+values of the flat vector in itself. Each but the last is padded with zeros to the chunk's end.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from potluck.errors import CodecError
+from potluck.net.blobs import CHUNK_BYTES
+from potluck.swarm.codecs import Codec
+from potluck.swarm.codecs.frame import TRAILER_BYTES, payload, trailer
+from potluck.swarm.contribution import Contribution
+from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.threads import share_out
+
+SEGMENT_BYTES: Final = CHUNK_BYTES
+
+
+class DenseCodec(Codec, ABC):
+    """A codec with a value for every parameter. Equal values give equal bytes on every machine."""
+
+    name: str
+    has_residual = False
+    #: Values in each segment but the last.
+    segment_values: int
+
+    @abstractmethod
+    def encode_segment(self, values: Flat) -> bytes:
+        """Without padding. Raises ValueError for values that are not finite."""
+
+    @abstractmethod
+    def decode_segment(self, data: bytes | memoryview, values: int) -> Contribution:
+        """`data`: exactly `segment_bytes(values)`. Raises CodecError."""
+
+    @abstractmethod
+    def segment_bytes(self, values: int) -> int: ...
+
+    @abstractmethod
+    def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution: ...
+
+    def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
+        parts = list(self._parts(layout.size))
+        pieces = [b""] * len(parts)
+
+        def encode(numbers: Sequence[int]) -> None:
+            for number in numbers:
+                piece = self.encode_segment(delta[parts[number]])
+                pieces[number] = piece if number == len(parts) - 1 else piece.ljust(SEGMENT_BYTES, b"\0")
+
+        share_out(encode, range(len(parts)))
+        return b"".join([*pieces, trailer(self.name, layout)])
+
+    def segments(self, blob: bytes | memoryview, layout: Layout) -> Iterator[tuple[memoryview, int]]:
+        """Each segment's bytes, and how many values it has. Raises CodecError if what is around them is not as it must
+        be."""
+        view = payload(blob, self.name, layout, self.max_bytes(layout) - TRAILER_BYTES)
+        for number, part in enumerate(self._parts(layout.size)):
+            values, start = part.stop - part.start, number * SEGMENT_BYTES
+            end = start + self.segment_bytes(values)
+            if any(view[end : start + SEGMENT_BYTES]) and part.stop < layout.size:
+                raise CodecError(f"{self.name}: padding is not zero")
+            yield view[start:end], values
+
+    def max_bytes(self, layout: Layout) -> int:
+        full = max(0, layout.size - 1) // self.segment_values
+        last = layout.size - full * self.segment_values
+        return full * SEGMENT_BYTES + self.segment_bytes(last) + TRAILER_BYTES
+
+    def check_length(self, data: bytes | memoryview, values: int) -> None:
+        """Raises CodecError."""
+        if len(data) != self.segment_bytes(values):
+            raise CodecError(f"{self.name}: a segment of {len(data)} bytes, expected {self.segment_bytes(values)}")
+
+    def _parts(self, size: int) -> Iterator[slice]:
+        for start in range(0, size, self.segment_values):
+            yield slice(start, min(size, start + self.segment_values))

@@ -1,0 +1,186 @@
+"""Sliced rounds under virtual time: each member aggregates for all, some lie, some are silent."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import looptime
+import numpy as np
+import pytest
+
+from potluck.net.host import PeerId
+from potluck.swarm import sliced
+from potluck.swarm.codecs import int8, none, segments
+from potluck.swarm.codecs.none import NoneCodec
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from test_gossip import LAYOUT, RULES, Swarm
+
+RAW = replace(RULES, clip=False)
+#: Of the tests' layout, 647 values: six segments of `none`, three of `int8`.
+SMALL = 512
+
+
+@pytest.fixture(autouse=True)
+def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (segments, none, int8, sliced):
+        monkeypatch.setattr(module, "SEGMENT_BYTES", SMALL)
+    monkeypatch.setattr(NoneCodec, "segment_values", SMALL // 4)
+
+
+def simulate(body: Callable[[Swarm], Awaitable[None]], **made: Any) -> None:
+    async def main() -> None:
+        swarm = Swarm(**made)
+        dice = random.Random(0)
+        swarm.draw = dice.randrange
+        try:
+            await body(swarm)
+        finally:
+            for task in swarm.tasks.values():
+                task.cancel()
+
+    loop = looptime.new_event_loop(start=0)
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+
+
+def ends(codec: str, exchange_sliced: bool, clip: bool) -> tuple[str, np.ndarray, float]:
+    """(digest after four rounds of four peers, parameters, chunks that a peer received per round)."""
+    found: list[Any] = []
+
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(4)]
+        await swarm.until(45.0)
+        assert all(swarm.applied(peer)[round_]["group"] == tuple(peers) for peer in peers for round_ in range(4))
+        (digest,) = swarm.digests(3)
+        found.extend([digest, swarm.thetas()[0], sum(swarm.world.received.values()) / 4 / 4])
+
+    simulate(body, rules=replace(RULES, sliced=exchange_sliced, clip=clip), codec=codec)
+    return found[0], found[1], found[2]
+
+
+def test_unclipped_float32_is_the_same_bits_whoever_aggregates() -> None:
+    whole, _, _ = ends("none", False, False)
+    in_slices, _, received = ends("none", True, False)
+    assert in_slices == whole
+    # Of six segments: those that others aggregated, three of each of one's own, and three for the check.
+    assert received <= 6 * (2 * 3 / 4) + 3
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "none"])
+def test_all_hold_one_state_close_to_that_of_whole_rounds(codec: str) -> None:
+    _, whole, _ = ends(codec, False, True)
+    _, in_slices, _ = ends(codec, True, True)
+    assert np.linalg.norm(in_slices - whole) < 0.15 * np.linalg.norm(whole)
+
+
+def test_segments_of_who_is_silent_are_pulled_raw() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(4)]
+        swarm.world.of(peers[2]).mute = True
+        await swarm.until(45.0)
+        for round_ in range(4):
+            assert len(swarm.digests(round_)) == 1
+            assert all(swarm.applied(peer)[round_]["group"] == tuple(peers) for peer in peers)
+        assert any(event["event"] == "swarm.slices.raw" for event in swarm.events[peers[0]])
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="none")
+
+
+def test_who_lies_is_named_by_all_and_aggregates_no_more() -> None:
+    def lie(blob: bytes) -> bytes:
+        values = -np.frombuffer(blob, dtype="<f4")
+        return values.tobytes()
+
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(4)]
+        liar = peers[1]
+        swarm.world.of(liar).lie = lie
+        await swarm.until(85.0)
+        honest = [peer for peer in peers if peer != liar]
+        named = {
+            peer: {event["peer"] for event in swarm.events[peer] if event["event"] == "swarm.slices.lied"}
+            for peer in honest
+        }
+        assert named == {peer: {liar} for peer in honest}
+        last = {swarm.applied(peer)[7]["digest"] for peer in honest}
+        assert len(last) == 1
+
+    simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
+def test_an_honest_one_is_never_named_and_a_false_accusation_harms_nobody() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(4)]
+        await swarm.until(15.0)
+        puller: Any = swarm.replicas[peers[0]]._puller
+        puller._accusations.append(sliced.Accusation(peers[1], 0, 0))
+        await swarm.until(55.0)
+        for peer in peers:
+            assert not any(event["event"] == "swarm.slices.lied" for event in swarm.events[peer])
+        assert len(swarm.digests(4)) == 1
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="int8")
+
+
+def test_who_commits_to_anothers_bytes_is_left_out_and_the_other_counts() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(4)]
+        thief, robbed = peers[3], peers[0]
+        publish = swarm.replicas[thief]._exchange.publish
+
+        async def stolen(commit: Any, *rest: Any) -> bool:
+            theirs = swarm.world.commits.get((commit.module, commit.round, commit.shard), {}).get(robbed)
+            if theirs is not None:
+                commit = replace_commit(commit, theirs.record)
+            return bool(await publish(commit, *rest))
+
+        swarm.replicas[thief]._exchange.publish = stolen  # type: ignore[method-assign]
+        swarm.world.of(thief).latency_seconds = 0.2
+        await swarm.until(35.0)
+        for peer in peers[:3]:
+            assert swarm.applied(peer)[1]["group"] == tuple(peers[:3])
+            assert thief in swarm.applied(peer)[1]["missing"]
+
+    def replace_commit(commit: Any, other: Any) -> Any:
+        import msgspec
+
+        return msgspec.structs.replace(commit, blob=other.blob, size=other.size)
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="none")
+
+
+def test_views_that_differ_by_a_member_still_give_everybody_an_update() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(5)]
+        hidden, blind = peers[4], peers[0]
+        swarm.world.of(hidden).hides_from.add(blind)
+        await swarm.until(45.0)
+        for round_ in range(1, 4):
+            for peer in peers:
+                assert len(swarm.applied(peer)[round_]["group"]) >= 4
+        assert LAYOUT.size == swarm.thetas()[0].size
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="none")
+
+
+def test_crash_between_commit_and_aggregation_costs_nobody_the_round() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(4)]
+        await swarm.until(18.75)  # committed to round 1, nothing revealed yet
+        swarm.crash(peers[2])
+        await swarm.until(45.0)
+        left = [PeerId(peer) for number, peer in enumerate(peers) if number != 2]
+        for round_ in (1, 2, 3):
+            assert len({swarm.applied(peer)[round_]["digest"] for peer in left}) == 1
+            assert set(left) <= set(swarm.applied(left[0])[round_]["group"])
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="int8")

@@ -518,7 +518,7 @@ def main() -> None:
         if options.only != "loopback":
             line = 8 / options.mbit  # seconds per MB
             of_line = {"none": 8.0, "int8": 2.0, "sparse": 0.4}
-            slowest = {way: 2.0 + 0.08 * millions + 2.2 * line * each * millions for way, each in of_line.items()}
+            slowest = {way: 3.0 + 0.1 * millions + 4.0 * line * each * millions for way, each in of_line.items()}
             ours = ["int8", "sparse"] if options.quick else list(OURS)
             theirs = ("uniform8",) if options.quick else THEIRS
             with shaped(home, options.peers, options.mbit) as group:

@@ -22,14 +22,15 @@ from potluck.net.host import PeerId
 from potluck.swarm.contribution import Contribution, Dense, Sparse
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.robust import RULES, Rows
-from potluck.swarm.threads import share_out
 
 #: What a manifest's `aggregation.rule` may be.
 RULE_NAMES = ("mean", *RULES)
 #: Declared tokens are believed only up to this multiple of the group's median (`rounds.md` step 5).
 MAX_TOKENS_OF_MEDIAN = 2.0
 #: Values of the update that all contributions are added to before the next ones: they stay in the processor's cache.
-SLAB_VALUES: Final = 1 << 18
+#: Sparse ones are so few that calls would take longer than what they do.
+SLAB_VALUES: Final = 1 << 17
+SPARSE_SLAB_VALUES: Final = 1 << 19
 
 
 def token_weights(tokens: Mapping[PeerId, int], ledger: Mapping[PeerId, float] | None = None) -> dict[PeerId, float]:
@@ -58,9 +59,11 @@ def aggregate(
     steered: bool = False,
     rule: str = "mean",
     liars: float = 0.0,
+    out: Flat | None = None,
 ) -> Flat:
     """The contributions, per-tensor norm-clipped, by a rule of `RULE_NAMES`: one update, shape (layout.size,).
-    `steered`: weights are validators'. `liars`: the share of members that a robust rule stands.
+    `steered`: weights are validators'. `liars`: the share of members that a robust rule stands. `out`: zeros, in
+    which a mean may be made.
 
     The mean divides by all contributions' weights, not by how many kept a coordinate: a zero is a statement too.
     """
@@ -68,26 +71,20 @@ def aggregate(
     group = [contributions[peer] for peer in order]
     factors = [[np.float32(1.0)] * len(layout.slots)] * len(group)
     if clip and len(group) > 1:
-        norms = _all_norms(group, layout)
+        norms = [_norms(one, layout) for one in group]
         medians = _medians(norms, [weights[peer] if steered else 1.0 for peer in order])
         factors = [_factors(of, medians) for of in norms]
     if rule != "mean" and group:
-        slab = partial(_rows, group, factors, layout)
-        return RULES[rule](slab, layout.size, [weights[peer] for peer in order], liars)
+        rows = partial(_rows, group, factors, layout)
+        return RULES[rule](rows, layout.size, [weights[peer] for peer in order], liars)
     scales = [[np.float32(weights[peer]) * factor for factor in of] for peer, of in zip(order, factors, strict=True)]
-    update = layout.zeros()
-
-    def add(parts: Sequence[tuple[int, slice]]) -> None:
-        for number, part in parts:
+    update = layout.zeros() if out is None else out
+    slab = SPARSE_SLAB_VALUES if all(isinstance(one, Sparse) for one in group) else SLAB_VALUES
+    for number, slot in enumerate(layout.slots):
+        for start in range(slot.offset, slot.offset + slot.size, slab):
+            part = slice(start, min(slot.offset + slot.size, start + slab))
             for one, of in zip(group, scales, strict=True):
                 one.add_to(update[part], part, of[number])
-
-    parts = [
-        (number, slice(start, min(slot.offset + slot.size, start + SLAB_VALUES)))
-        for number, slot in enumerate(layout.slots)
-        for start in range(slot.offset, slot.offset + slot.size, SLAB_VALUES)
-    ]
-    share_out(add, parts)
     return update
 
 
@@ -127,7 +124,7 @@ def median_norms(
     order = sorted(peer for peer in contributions if weights.get(peer, 0.0) > 0.0)
     if len(order) < 2:
         return None
-    norms = _all_norms([contributions[peer] for peer in order], layout)
+    norms = [_norms(contributions[peer], layout) for peer in order]
     return _medians(norms, [weights[peer] if steered else 1.0 for peer in order])
 
 
@@ -152,15 +149,3 @@ def _factors(norms: Sequence[float], medians: Sequence[float]) -> list[np.float3
 
 def _norms(contribution: Contribution, layout: Layout) -> list[float]:
     return [math.sqrt(contribution.square_sum(slot.range)) for slot in layout.slots]
-
-
-def _all_norms(group: Sequence[Contribution], layout: Layout) -> list[list[float]]:
-    """Per contribution and tensor."""
-    norms: list[list[float]] = [[]] * len(group)
-
-    def measure(numbers: Sequence[int]) -> None:
-        for number in numbers:
-            norms[number] = _norms(group[number], layout)
-
-    share_out(measure, range(len(group)))
-    return norms

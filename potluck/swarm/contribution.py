@@ -1,14 +1,15 @@
 """A decoded contribution, of one of three kinds. What aggregation asks of each gives the same bits on every machine:
 elementwise float32 operations, one at a time, and sums in a fixed order or of integers that are exact in any order.
 
-None of it starts torch's threads, which wait for each other after every operation, and do so for milliseconds where
-somebody else (training, for example) has the processor. Parts are shared out instead (`threads.py`).
+None of it starts threads. Torch's wait for each other after every operation, for milliseconds where somebody else
+(training, for example) has the processor; Python's spend more time on handing over its lock than such short operations
+take.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -17,17 +18,17 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from potluck.swarm.exact import square_sum, tree_sum
 from potluck.swarm.layout import Flat
-from potluck.swarm.threads import share_out
 
 #: Values that are worked on together: they stay in the processor's cache.
 SLAB_VALUES: Final = 1 << 18
 #: Of 8 bits.
 MAX_CODE: Final = 128
-#: Operations on so many values torch does not share out among its threads (its GRAIN_SIZE).
-UNSHARED_VALUES: Final = 1 << 15
+#: Operations on so many values torch does not share out among its threads (less than its GRAIN_SIZE).
+UNSHARED_VALUES: Final = (1 << 15) - 1
 
 #: Counts as a float32.
 Factor = float | np.float32
@@ -51,12 +52,16 @@ class Dense:
         return square_sum(self.values[part])
 
 
-@dataclass(frozen=True)
 class Sparse:
     """Values at strictly increasing flat `indices` (integers), zero elsewhere."""
 
-    indices: np.ndarray
-    values: Flat
+    def __init__(self, indices: np.ndarray, values: Flat) -> None:
+        self.indices, self._values = indices, values
+
+    @property
+    def values(self) -> Flat:
+        """(len(indices),)"""
+        return self._values
 
     @cached_property
     def length(self) -> float:
@@ -64,18 +69,64 @@ class Sparse:
 
     def add_to(self, update: Flat, part: slice, factor: Factor) -> None:
         inside = self.inside(part)
-        where = torch.from_numpy(np.subtract(self.indices[inside], part.start, dtype=np.int64))
-        # Twice as fast as NumPy's. No index comes twice, so that there is no order to it.
-        torch.from_numpy(update).scatter_add_(0, where, torch.from_numpy(self.values[inside] * factor))
+        self._add(update, part, inside, self._values[inside] * factor)
 
     def square_sum(self, part: slice) -> float:
-        return square_sum(self.values[self.inside(part)])
+        return square_sum(self._values[self.inside(part)])
 
     def inside(self, part: slice) -> slice:
         """Where in `indices` those of a part of the flat vector are."""
         bounds = np.array([part.start, part.stop], dtype=self.indices.dtype)  # of another type, all indices are copied
         begin, end = self.indices.searchsorted(bounds)
         return slice(int(begin), int(end))
+
+    def _add(self, update: Flat, part: slice, inside: slice, values: Flat) -> None:
+        """`update` has the part's values."""
+        where = torch.from_numpy(np.subtract(self.indices[inside], part.start, dtype=np.int64))
+        # Twice as fast as NumPy's. No index comes twice, so that there is no order to it.
+        torch.from_numpy(update).scatter_add_(0, where, torch.from_numpy(values))
+
+
+class Leveled(Sparse):
+    """One of which each tensor has a few levels. `codes`: which level each value is, (len(indices),), uint8. `levels`:
+    (tensors, levels), float32. `begins`: where in `indices` each tensor's begin, and the last one's end."""
+
+    def __init__(self, indices: np.ndarray, codes: npt.NDArray[np.uint8], levels: Flat, begins: Sequence[int]) -> None:
+        self.indices, self._codes, self._levels, self._begins = indices, codes, levels, begins
+
+    @property
+    def values(self) -> Flat:
+        """Computed anew each time."""
+        return self._values_of(slice(0, len(self.indices)), self._levels)
+
+    def add_to(self, update: Flat, part: slice, factor: Factor) -> None:
+        inside = self.inside(part)
+        self._add(update, part, inside, self._values_of(inside, self._levels * factor))
+
+    def square_sum(self, part: slice) -> float:
+        """Each level's square times how often it comes."""
+        total = 0.0
+        for tensor, inside in self._tensors(self.inside(part)):
+            codes = self._codes[inside]
+            for code, level in enumerate(self._levels[tensor].tolist()):
+                total += level * level * np.count_nonzero(codes == code)
+        return total
+
+    def _values_of(self, inside: slice, levels: Flat) -> Flat:
+        values = np.empty(inside.stop - inside.start, dtype=np.float32)
+        for tensor, part in self._tensors(inside):
+            out = values[part.start - inside.start : part.stop - inside.start]
+            np.take(levels[tensor], self._codes[part], out=out, mode="clip")  # codes are in range: nothing is clipped
+        return values
+
+    def _tensors(self, inside: slice) -> Iterator[tuple[int, slice]]:
+        """(tensor, which of its values) for each that has some there."""
+        for tensor in range(bisect_right(self._begins, inside.start) - 1, len(self._begins) - 1):
+            begin, end = max(inside.start, self._begins[tensor]), min(inside.stop, self._begins[tensor + 1])
+            if self._begins[tensor] >= inside.stop:
+                return
+            if begin < end:
+                yield tensor, slice(begin, end)
 
 
 class Codes(Protocol):
@@ -129,10 +180,11 @@ class Blocks:
         if step == 0:
             return np.array([self._square(row * self.block, (row + 1) * self.block) for row in range(blocks)])
         dtype: type[np.floating] = np.float32 if self.block * MAX_CODE**2 < 2**24 else np.float64
-        found = np.empty(blocks, dtype=dtype)
+        found, scratch = np.empty(blocks, dtype=dtype), np.empty((min(step, blocks), self.block), dtype=dtype)
         for first in range(0, blocks, step):
             last = min(blocks, first + step)
-            codes = self.codes[first * self.block : last * self.block].astype(dtype).reshape(-1, self.block)
+            codes = scratch[: last - first]
+            np.copyto(codes, self.codes[first * self.block : last * self.block].reshape(codes.shape))
             np.einsum("ij,ij->i", codes, codes, out=found[first:last])
         return found
 
@@ -143,14 +195,15 @@ class Blocks:
 
 def _scale(rows: np.ndarray, scales: Flat) -> None:
     """Multiplies each row. torch is three times as fast as NumPy at this; see above about its threads."""
-    together = UNSHARED_VALUES // rows.shape[1]
+    together = UNSHARED_VALUES // rows.shape[1] if torch.get_num_threads() > 1 else len(rows)
     if together == 0:
         for row, scale in zip(rows, scales, strict=True):
             np.multiply(row, scale, out=row)
         return
-    values, factors = torch.from_numpy(rows), torch.from_numpy(scales)[:, None]
-    for at in range(0, len(rows), together):
-        values[at : at + together].mul_(factors[at : at + together])
+    parts: Iterable[Tensor] = torch.from_numpy(rows).split(together)  # type: ignore[no-untyped-call]
+    factors: Iterable[Tensor] = torch.from_numpy(scales)[:, None].split(together)  # type: ignore[no-untyped-call]
+    for part, of in zip(parts, factors, strict=True):
+        part.mul_(of)
 
 
 @dataclass(frozen=True)
@@ -164,13 +217,10 @@ class Quantized:
     def values(self) -> Flat:
         """All of them, computed anew each time."""
         values = np.empty(sum(one.size for one in self.segments), dtype=np.float32)
-
-        def read(parts: Sequence[slice]) -> None:
-            for part in parts:
-                for one, begin, end, at in self._inside(part):
-                    one.read(begin, end, into=values[part][at : at + end - begin])
-
-        share_out(read, [slice(at, min(values.size, at + SLAB_VALUES)) for at in range(0, values.size, SLAB_VALUES)])
+        for start in range(0, values.size, SLAB_VALUES):
+            part = slice(start, min(values.size, start + SLAB_VALUES))
+            for one, begin, end, at in self._inside(part):
+                one.read(begin, end, into=values[part][at : at + end - begin])
         return values
 
     @cached_property

@@ -32,6 +32,7 @@ from potluck.swarm.outer import OuterStep
 from potluck.swarm.parts import Part, parts_of
 from potluck.swarm.phases import Round, RoundClock
 from potluck.swarm.pull import MAX_OF_GROUP_SIZE, Puller, View
+from potluck.swarm.recycled import Recycled
 from potluck.swarm.sliced import SlicedPuller
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 from potluck.swarm.waits import WaitBoard
@@ -153,7 +154,8 @@ class Follower:
         self._steps: deque[float] = deque(maxlen=rules.fragments)
         #: Rounds that we contributed to.
         self._published: deque[int] = deque(maxlen=2 * rules.retain)
-        pulling = partial(SlicedPuller, draw=draw) if rules.sliced else Puller
+        self._vectors = Recycled(layout.size)
+        pulling = partial(SlicedPuller, vectors=self._vectors, draw=draw) if rules.sliced else Puller
         self._puller: Puller = pulling(
             peer=peer,
             module=module,
@@ -251,6 +253,7 @@ class Follower:
                     steered=bool(steered),
                     rule=rules.rule,
                     liars=rules.liars,
+                    out=self._vectors.zeros() if len(self.parts) == 1 else None,
                 )
             update = self.codec.update_of(update, self._part(round_).layout)
             theta, velocity = self._outer_step(base, own.velocity, update, round_)

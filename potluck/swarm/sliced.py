@@ -27,10 +27,11 @@ from potluck.net.host import PeerId
 from potluck.swarm.aggregate import aggregate, token_weights
 from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
 from potluck.swarm.contribution import Contribution
-from potluck.swarm.layout import Flat
+from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.ownership import MARK_BYTES, owned_by
 from potluck.swarm.phases import Round
 from potluck.swarm.pull import Puller, View
+from potluck.swarm.recycled import Recycled
 from potluck.swarm.slice_board import NothingTold
 from potluck.swarm.slices import MAX_ACCUSED, Accusation, Aggregated, agrees, assign
 
@@ -64,10 +65,12 @@ class _Round:
 
 
 class SlicedPuller(Puller):
-    """Gives `view.update` instead of contributions. `draw(n)` gives a number below n that nobody can foretell."""
+    """Gives `view.update` instead of contributions. `vectors`: for updates. `draw(n)` gives a number below n that
+    nobody can foretell."""
 
-    def __init__(self, *, draw: Callable[[int], int], **pulling: Any) -> None:
+    def __init__(self, *, vectors: Recycled, draw: Callable[[int], int], **pulling: Any) -> None:
         super().__init__(**pulling)
+        self._vectors = vectors
         assert isinstance(self._codec, DenseCodec)
         self._dense: DenseCodec = self._codec
         self._draw = draw
@@ -102,7 +105,7 @@ class SlicedPuller(Puller):
         if not commits:
             return False
         owners = assign(len(self._ranges), commits, round_)
-        one = _Round(round_, commits, owners, self._layout.zeros())
+        one = _Round(round_, commits, owners, self._vectors.zeros())
         mine, checked = one.of(self._peer), self._draw(len(self._ranges))
         async with asyncio.TaskGroup() as group:
             if mine:
@@ -120,7 +123,7 @@ class SlicedPuller(Puller):
             self._emit("swarm.slices.raw", round=round_, segments=len(missing), of=len(self._ranges))
             await self._aggregate(one, missing, await self._raw(missing, commits, pull_by, view))
         view.update, view.aggregated = one.update, one.members
-        self._past.append(replace(one, update=view.update[:0], filled=set()))
+        self._past.append(replace(one, update=Layout(()).zeros(), filled=set()))
         return True
 
     async def _genuine(self, view: View, until: float) -> dict[PeerId, Commit]:

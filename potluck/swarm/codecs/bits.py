@@ -1,5 +1,6 @@
 """Small unsigned integers as bit planes: the first bit of all of them, then the second of all, the least significant
 first. Each plane is padded to whole bytes with zeros. So packing and unpacking is a few passes over whole arrays.
+Integers of eight bits are bytes as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def planes_bytes(count: int, bits: int) -> int:
-    return bits * bits_bytes(count)
+    return count if bits == 8 else bits * bits_bytes(count)
 
 
 def bits_bytes(count: int) -> int:
@@ -24,12 +25,16 @@ def bits_bytes(count: int) -> int:
 
 def pack_planes(values: npt.NDArray[np.integer], bits: int) -> bytes:
     """`values`: shape (n,), 0 <= v < 2^bits."""
+    if bits == 8:
+        return values.astype(np.uint8).tobytes()
     return b"".join(np.packbits((values >> plane & 1).astype(np.uint8)).tobytes() for plane in range(bits))
 
 
 def unpack_planes(packed: Bytes, count: int, bits: int) -> npt.NDArray[np.unsignedinteger]:
     """Inverse of `pack_planes`; `packed` has `planes_bytes(count, bits)` bytes. Raises CodecError if padding is set."""
-    dtype: Any = np.uint8 if bits <= 8 else np.uint32
+    if bits == 8:
+        return packed
+    dtype: Any = np.uint8 if bits < 8 else np.uint32
     values = np.zeros(count, dtype=dtype)
     if bits:
         rows = packed.reshape(bits, bits_bytes(count))

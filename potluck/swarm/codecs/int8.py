@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from potluck.errors import CodecError
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE
@@ -52,9 +50,9 @@ class BlockCodec(DenseCodec):
     def unpack(self, packed: Bytes, values: int) -> Codes:
         """Raises CodecError for codes that `quantize` never gives."""
 
-    def encode_segment(self, values: Flat) -> bytes:
+    def encode_parts(self, values: Flat) -> list[Any]:
         scales, codes = quantize(values, self.block, self.levels)
-        return b"".join([scales.data, self.pack(codes).data])
+        return [scales.data, self.pack(codes).data]
 
     def decode_segment(self, data: bytes | memoryview, values: int) -> Quantized:
         return Quantized([self._blocks(data, values)])
@@ -96,28 +94,23 @@ def quantize(values: Flat, block: int, levels: int = INT8_LEVELS) -> tuple[Flat,
     """(scales float32 (ceil(n / block),), codes int8 (n,) of -levels to levels). Non-finite input is our own bug and
     raises ValueError."""
     source = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    scales, codes = torch.empty(-(-values.size // block)), torch.empty(values.size, dtype=torch.int8)
-    for part, of in _slabs(source, scales, block):
-        torch.amax(part.abs(), 1, out=of)
-    scales.mul_(1.0 / levels)
+    scales, codes = torch.empty(-(-values.size // block)), np.empty(values.size, dtype=np.int8)
+    step = max(1, UNSHARED_VALUES // block)
+    scratch, at = torch.empty(step * block), 0
+    while at < values.size:
+        rows = min(step, (values.size - at) // block) or 1  # the last one may be shorter
+        part = source[at : at + rows * block].view(rows, -1)
+        work, of = scratch[: part.numel()].view(rows, -1), scales[at // block : at // block + rows]
+        torch.abs(part, out=work)
+        torch.amax(work, 1, out=of).mul_(1.0 / levels)
+        inverse = of.reciprocal().nan_to_num_(posinf=0.0)  # of nothing, or of less than float32 can divide by
+        flat = torch.mul(part, inverse[:, None], out=work).numpy().reshape(-1)
+        np.rint(flat, out=flat)  # torch's starts threads for so few, too
+        np.copyto(codes[at : at + flat.size], flat, casting="unsafe")
+        at += flat.size
     if not bool(scales.isfinite().all()):
         raise ValueError("cannot quantize values that are not finite")
-    inverse = scales.reciprocal()
-    inverse[inverse.isinf()] = 0.0  # of nothing, or of less than float32 can divide by
-    for (part, of), (into, _) in zip(_slabs(source, inverse, block), _slabs(codes, scales, block), strict=True):
-        into.copy_(torch.mul(part, of[:, None]).round_())
-    return scales.numpy().astype("<f4", copy=False), codes.numpy()
-
-
-def _slabs(values: Tensor, of_blocks: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of whole blocks and what belongs to each; at last a shorter one."""
-    step = max(1, UNSHARED_VALUES // block)
-    whole = len(values) // block
-    for first in range(0, whole, step):
-        last = min(whole, first + step)
-        yield values[first * block : last * block].view(-1, block), of_blocks[first:last]
-    if whole * block < len(values):
-        yield values[None, whole * block :], of_blocks[whole:]
+    return scales.numpy().astype("<f4", copy=False), codes
 
 
 def dequantize(scales: Flat, codes: Int8s, block: int, levels: int = INT8_LEVELS) -> Flat:

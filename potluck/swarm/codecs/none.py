@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from potluck.swarm.codecs.frame import check_bounded, payload
@@ -14,8 +16,8 @@ class NoneCodec(DenseCodec):
     name = "none"
     segment_values = SEGMENT_BYTES // 4  # nothing is left to pad
 
-    def encode_segment(self, values: Flat) -> bytes:
-        return np.ascontiguousarray(values, dtype="<f4").tobytes()
+    def encode_parts(self, values: Flat) -> list[Any]:
+        return [np.ascontiguousarray(values, dtype="<f4").data]
 
     def decode_segment(self, data: bytes | memoryview, values: int) -> Dense:
         self.check_length(data, values)

@@ -7,8 +7,8 @@ values of the flat vector in itself. Each but the last is padded with zeros to t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 from potluck.errors import CodecError
 from potluck.net.blobs import CHUNK_BYTES
@@ -16,7 +16,6 @@ from potluck.swarm.codecs import Codec
 from potluck.swarm.codecs.frame import TRAILER_BYTES, payload, trailer
 from potluck.swarm.contribution import Contribution
 from potluck.swarm.layout import Flat, Layout
-from potluck.swarm.threads import share_out
 
 SEGMENT_BYTES: Final = CHUNK_BYTES
 
@@ -30,8 +29,8 @@ class DenseCodec(Codec, ABC):
     segment_values: int
 
     @abstractmethod
-    def encode_segment(self, values: Flat) -> bytes:
-        """Without padding. Raises ValueError for values that are not finite."""
+    def encode_parts(self, values: Flat) -> list[Any]:
+        """A segment's bytes as buffers. Raises ValueError for values that are not finite, where it looks at them."""
 
     @abstractmethod
     def decode_segment(self, data: bytes | memoryview, values: int) -> Contribution:
@@ -44,16 +43,16 @@ class DenseCodec(Codec, ABC):
     def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution: ...
 
     def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
-        parts = list(self._parts(layout.size))
-        pieces = [b""] * len(parts)
-
-        def encode(numbers: Sequence[int]) -> None:
-            for number in numbers:
-                piece = self.encode_segment(delta[parts[number]])
-                pieces[number] = piece if number == len(parts) - 1 else piece.ljust(SEGMENT_BYTES, b"\0")
-
-        share_out(encode, range(len(parts)))
+        pieces = []
+        for part in self._parts(layout.size):
+            pieces += self.encode_parts(delta[part])
+            if part.stop < layout.size:
+                pieces.append(bytes(SEGMENT_BYTES - self.segment_bytes(self.segment_values)))
         return b"".join([*pieces, trailer(self.name, layout)])
+
+    def encode_segment(self, values: Flat) -> bytes:
+        """Without padding."""
+        return b"".join(self.encode_parts(values))
 
     def segments(self, blob: bytes | memoryview, layout: Layout) -> Iterator[tuple[memoryview, int]]:
         """Each segment's bytes, and how many values it has. Raises CodecError if what is around them is not as it must

@@ -10,7 +10,6 @@ whole byte.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +22,6 @@ from potluck.swarm.codecs.bits import bits_bytes, check_padding
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE, TRAILER_BYTES, Reader, payload, trailer
 from potluck.swarm.contribution import UNSHARED_VALUES, Blocks, Contribution, Quantized
 from potluck.swarm.layout import Flat, Layout
-from potluck.swarm.threads import share_out
 
 
 class SignCodec(Codec):
@@ -39,17 +37,12 @@ class SignCodec(Codec):
         new, sizes = torch.from_numpy(delta), torch.zeros(len(layout.slots), dtype=torch.float64)
         momentum = new if residual is None else torch.from_numpy(residual)
         negative = torch.empty(layout.size, dtype=torch.bool)
-
-        def encode(numbers: Sequence[int]) -> None:
-            for number in numbers:
-                slot = layout.slots[number]
-                for start in range(slot.offset, slot.offset + slot.size, UNSHARED_VALUES):
-                    part = slice(start, min(slot.offset + slot.size, start + UNSHARED_VALUES))
-                    update = torch.lerp(new[part], momentum[part], self.beta1)
-                    torch.lt(update, 0, out=negative[part])
-                    sizes[number] += update.abs_().sum() / slot.size
-
-        share_out(encode, range(len(layout.slots)))
+        for number, slot in enumerate(layout.slots):
+            for start in range(slot.offset, slot.offset + slot.size, UNSHARED_VALUES):
+                part = slice(start, min(slot.offset + slot.size, start + UNSHARED_VALUES))
+                update = torch.lerp(new[part], momentum[part], self.beta1)
+                torch.lt(update, 0, out=negative[part])
+                sizes[number] += update.abs_().sum() / slot.size
         if not bool(sizes.isfinite().all()):
             raise ValueError("cannot encode values that are not finite")
         if residual is not None:

@@ -10,8 +10,9 @@ floor(log2(C / k)) low bits as they are, and the rest as gaps in a bitmap of k +
 n-th one stands at (index >> l) + n. That is 7.98 bits an index for k = 64 of 4096, where 7.36 is the least possible;
 the size is known before a blob is read.
 
-Payload, per tensor in name order: 4 levels (float32), 2-bit codes as planes (`bits.py`), then for its full chunks, and
-for the shorter one: low bits as planes, bitmaps of all chunks one after another, padded to a whole byte.
+Payload, per tensor in name order: 4 levels (float32), then for its full chunks, and for the shorter one: of each kept
+value code * 2^l + low bits, which are whole bytes for k = 64 of 4096 (`bits.py`); bitmaps of all chunks one after
+another, padded to a whole byte.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
@@ -29,12 +31,12 @@ from potluck.swarm.codecs import Codec
 from potluck.swarm.codecs.bits import bits_bytes, pack_planes, planes_bytes, unpack_bits, unpack_planes
 from potluck.swarm.codecs.frame import TRAILER_BYTES, Reader, check_bounded, payload, trailer
 from potluck.swarm.codecs.top_k import top_k
-from potluck.swarm.contribution import Contribution, Sparse
+from potluck.swarm.contribution import Contribution, Leveled
 from potluck.swarm.layout import Flat, Layout, Slot
-from potluck.swarm.threads import share_out
 
 SIGMAS = 6.0
-LEVELS = 4
+CODE_BITS: Final = 2
+LEVELS: Final = 2**CODE_BITS
 #: About so many indices are decoded together.
 SLAB_KEPT: Final = 1 << 14
 MAX_INT32: Final = 2**31 - 1
@@ -67,8 +69,14 @@ class Chunks:
         return self.keep + (self.width - 1 >> self.low_bits)
 
     @property
-    def index_bytes(self) -> int:
-        return planes_bytes(self.kept, self.low_bits) + bits_bytes(self.count * self.map_bits)
+    def word_bits(self) -> int:
+        """Of a code and the low bits of an index."""
+        return self.low_bits + CODE_BITS
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Of words, and of bitmaps."""
+        return planes_bytes(self.kept, self.word_bits), bits_bytes(self.count * self.map_bits)
 
 
 class SparseCodec(Codec):
@@ -85,18 +93,13 @@ class SparseCodec(Codec):
         self.chunk, self.k, self.beta = int(chunk), int(k), float(beta)
 
     def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
-        acc, parts = delta if residual is None else residual, [b""] * len(layout.slots)
-
-        def encode(numbers: Sequence[int]) -> None:
-            for number in numbers:
-                part = layout.slots[number].range
-                if residual is not None:
-                    np.multiply(residual[part], np.float32(self.beta), out=residual[part])
-                    np.add(residual[part], delta[part], out=residual[part])
-                groups = list(self._groups(layout.slots[number]))
-                parts[number] = self._encode(acc, groups, keep_rest=residual is not None)
-
-        share_out(encode, range(len(parts)))
+        acc, parts = delta if residual is None else residual, []
+        for slot in layout.slots:
+            if residual is not None:
+                here = residual[slot.range]
+                np.multiply(here, np.float32(self.beta), out=here)
+                np.add(here, delta[slot.range], out=here)
+            parts.append(self._encode(acc, list(self._groups(slot)), keep_rest=residual is not None))
         return b"".join([*parts, trailer(self.name, layout)])
 
     def _encode(self, acc: Flat, groups: Sequence[Chunks], keep_rest: bool) -> bytes:
@@ -109,43 +112,30 @@ class SparseCodec(Codec):
         levels = _means(values, codes)
         if keep_rest:
             acc[where] = values - levels[codes]
-        packed = [_pack_indices(indices, group) for indices, group in zip(inside, groups, strict=True)]
-        return b"".join([levels.astype("<f4").tobytes(), pack_planes(codes, 2), *packed])
+        parts, at = [levels.astype("<f4").tobytes()], 0
+        for indices, group in zip(inside, groups, strict=True):
+            parts.append(_pack(indices, codes[at : at + group.kept], group))
+            at += group.kept
+        return b"".join(parts)
 
     def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:
-        plan, payload_bytes, total = [], 0, 0
-        for slot in layout.slots:
-            groups = list(self._groups(slot))
-            plan.append((groups, payload_bytes, total))
-            kept = sum(group.kept for group in groups)
-            payload_bytes, total = payload_bytes + _tensor_bytes(groups), total + kept
-        view = payload(blob, self.name, layout, payload_bytes)
-        indices = np.empty(total, dtype=np.int32 if layout.size <= MAX_INT32 else np.int64)
-        values = np.empty(total, dtype=np.float32)
-
-        def decode(tensors: Sequence[tuple[list[Chunks], int, int]]) -> None:
-            for groups, begin, at in tensors:
-                self._decode(groups, Reader(view, begin), indices[at:], values[at:])
-
-        share_out(decode, plan)
-        return Sparse(indices, values)
-
-    def _decode(self, groups: Sequence[Chunks], reader: Reader, indices: np.ndarray, values: Flat) -> None:
-        """One tensor, into the beginning of `indices` and `values`."""
-        kept, at = sum(group.kept for group in groups), 0
-        levels = reader.take(np.float32, LEVELS)
+        tensors = [list(self._groups(slot)) for slot in layout.slots]
+        reader = Reader(payload(blob, self.name, layout, sum(map(_tensor_bytes, tensors))))
+        begins = list(accumulate((sum(group.kept for group in groups) for groups in tensors), initial=0))
+        indices = np.empty(begins[-1], dtype=np.int32 if layout.size <= MAX_INT32 else np.int64)
+        codes, levels, at = np.empty(begins[-1], dtype=np.uint8), np.empty((len(tensors), LEVELS), dtype=np.float32), 0
+        for number, groups in enumerate(tensors):
+            levels[number] = reader.take(np.float32, LEVELS)
+            for group in groups:
+                part = slice(at, at + group.kept)
+                words, bitmap = (reader.take(np.uint8, count) for count in group.bytes)
+                _unpack(words, bitmap, group, indices[part], codes[part])
+                at = part.stop
         check_bounded(self.name, levels)
-        codes = unpack_planes(reader.take(np.uint8, planes_bytes(kept, 2)), kept, 2)
-        np.take(levels, codes, out=values[:kept], mode="clip")  # two bits are in range: nothing is clipped
-        for group in groups:
-            low = reader.take(np.uint8, planes_bytes(group.kept, group.low_bits))
-            bitmap = reader.take(np.uint8, bits_bytes(group.count * group.map_bits))
-            _unpack_indices(low, bitmap, group, indices[at : at + group.kept])
-            at += group.kept
+        return Leveled(indices, codes, levels, begins)
 
     def max_bytes(self, layout: Layout) -> int:
-        tensors = (list(self._groups(slot)) for slot in layout.slots)
-        return sum(_tensor_bytes(groups) for groups in tensors) + TRAILER_BYTES
+        return sum(_tensor_bytes(list(self._groups(slot))) for slot in layout.slots) + TRAILER_BYTES
 
     def _codes(self, values: Flat) -> np.ndarray:
         """Of each value 0 to 3: bins a quarter of six standard deviations wide."""
@@ -165,23 +155,23 @@ class SparseCodec(Codec):
 
 
 def _tensor_bytes(groups: Sequence[Chunks]) -> int:
-    kept = sum(group.kept for group in groups)
-    return 4 * LEVELS + planes_bytes(kept, 2) + sum(group.index_bytes for group in groups)
+    return 4 * LEVELS + sum(sum(group.bytes) for group in groups)
 
 
-def _pack_indices(indices: np.ndarray, group: Chunks) -> bytes:
+def _pack(indices: np.ndarray, codes: np.ndarray, group: Chunks) -> bytes:
     """`indices`: ascending, (kept,), counted from the group's first value."""
     inside = indices.reshape(group.count, group.keep) - group.width * np.arange(group.count)[:, None]
-    low = inside & (1 << group.low_bits) - 1
+    words = (codes.astype(np.int64) << group.low_bits) + (inside.reshape(-1) & (1 << group.low_bits) - 1)
     bitmap = np.zeros((group.count, group.map_bits), dtype=np.uint8)
     np.put_along_axis(bitmap, (inside >> group.low_bits) + np.arange(group.keep), 1, axis=1)
-    return pack_planes(low.reshape(-1), group.low_bits) + np.packbits(bitmap).tobytes()
+    return pack_planes(words, group.word_bits) + np.packbits(bitmap).tobytes()
 
 
-def _unpack_indices(low: np.ndarray, bitmap: np.ndarray, group: Chunks, into: np.ndarray) -> None:
-    """Writes flat indices in the layout, (kept,). Raises CodecError unless each chunk has its k, ascending and
-    in range. Chunks are taken in eights (bytes' worth of each plane), as many as stay in the processor's cache."""
-    planes = low.reshape(group.low_bits, bits_bytes(group.kept))
+def _unpack(words: np.ndarray, bitmap: np.ndarray, group: Chunks, indices: np.ndarray, codes: np.ndarray) -> None:
+    """Writes flat indices in the layout and codes, (kept,). Raises CodecError unless each chunk has its k, ascending
+    and in range. Chunks are taken in eights (whole bytes of bitmap), as many as stay in the processor's cache."""
+    words = unpack_planes(words, group.kept, group.word_bits)
+    np.right_shift(words, group.low_bits, out=codes, casting="unsafe")
     step = max(8, SLAB_KEPT // group.keep // 8 * 8)
     for first in range(0, group.count, step):
         count = min(step, group.count - first)
@@ -190,10 +180,9 @@ def _unpack_indices(low: np.ndarray, bitmap: np.ndarray, group: Chunks, into: np
         ones = bits.view(np.bool_).nonzero()[0]
         if ones.size != count * group.keep:
             raise CodecError("sparse: not as many indices as there are values")
-        found = into[kept : kept + ones.size]
+        found = indices[kept : kept + ones.size]
         np.left_shift(ones.astype(found.dtype), group.low_bits, out=found)
-        rest = planes[:, kept // 8 : bits_bytes(kept + ones.size)]
-        np.bitwise_or(found, unpack_planes(rest, ones.size, group.low_bits), out=found)
+        np.bitwise_or(found, words[kept : kept + ones.size] & ((1 << group.low_bits) - 1), out=found)
         np.add(found, _shifts(count, group.width, group.keep, found.dtype), out=found)
         if (found[1:] <= found[:-1]).any():
             raise CodecError("sparse: indices are not increasing")

@@ -567,8 +567,12 @@ class _Turns:
         finally:
             self._waiting = [one for one in self._waiting if one[1] is not turn]
 
-    def give_back(self, peer: PeerId, size: int) -> bool:
-        """Whether nobody is served or waits any more."""
+    @property
+    def idle(self) -> bool:
+        """Nobody is served or waits."""
+        return not self._busy and not self._waiting
+
+    def give_back(self, peer: PeerId, size: int) -> None:
         self._had[peer] += size
         self._busy[peer] -= 1
         if not self._busy[peer]:
@@ -580,7 +584,6 @@ class _Turns:
                 if not one[1].done():
                     self._busy[chosen] += 1
                     one[1].set_result(None)
-        return not self._busy and not self._waiting
 
 
 class BlobService:
@@ -617,11 +620,19 @@ class BlobService:
         if self._store.is_lent(blob_id):
             return Reply({}, chunk, urgent=False)
         turns = self._turns.setdefault(blob_id, _Turns())
-        await turns.take(peer)
-        return Reply({}, chunk, on_sent=lambda: self._sent(blob_id, peer, len(chunk)))
+        try:
+            await turns.take(peer)
+        finally:
+            self._forget_idle(blob_id)
 
-    def _sent(self, blob_id: BlobId, peer: PeerId, size: int) -> None:
-        if self._turns[blob_id].give_back(peer, size):
+        def sent() -> None:
+            turns.give_back(peer, len(chunk))
+            self._forget_idle(blob_id)
+
+        return Reply({}, chunk, on_sent=sent)
+
+    def _forget_idle(self, blob_id: BlobId) -> None:
+        if blob_id in self._turns and self._turns[blob_id].idle:
             del self._turns[blob_id]
 
     def _revealed(self, head: dict[str, Any]) -> BlobId:

@@ -104,7 +104,7 @@ class SlicedPuller(Puller):
         commits = await self._genuine(view, raw_by)
         if not commits:
             return False
-        owners = assign(len(self._ranges), commits, round_)
+        owners = await self._in_thread(assign, len(self._ranges), commits, round_)
         one = _Round(round_, commits, owners, self._vectors.zeros())
         mine, checked = one.of(self._peer), self._draw(len(self._ranges))
         async with asyncio.TaskGroup() as group:
@@ -185,13 +185,17 @@ class SlicedPuller(Puller):
         self, one: _Round, segments: Sequence[int], parts: Mapping[PeerId, Sequence[Contribution]]
     ) -> list[bytes]:
         """Put segments into the update; as they are told to others."""
-        encoded = []
-        for place, segment in enumerate(segments):
-            of_segment = {peer: parts[peer][place] for peer in parts}
-            encoded.append(await self._in_thread(self._aggregated, one, segment, of_segment))
-            await self._in_thread(self._fill, one, segment, encoded[-1])
+
+        def one_after_another() -> list[bytes]:
+            encoded = []
+            for place, segment in enumerate(segments):
+                encoded.append(self._aggregated(one, segment, {peer: parts[peer][place] for peer in parts}))
+                self._fill(one, segment, encoded[-1])
+            return encoded
+
+        told: list[bytes] = await self._in_thread(one_after_another)
         one.members |= parts.keys()
-        return encoded
+        return told
 
     def _aggregated(self, one: _Round, segment: int, contributions: Mapping[PeerId, Contribution]) -> bytes:
         rules, weights = self._rules, token_weights({peer: one.commits[peer].tokens for peer in contributions})
@@ -215,6 +219,13 @@ class SlicedPuller(Puller):
         self._dense.decode_segment(data, size).add_to(one.update[self._ranges[segment]], slice(0, size), 1.0)
         one.filled.add(segment)
 
+    def _fill_in(self, one: _Round, wanted: Mapping[int, int], data: memoryview) -> None:
+        """`wanted`: which chunk of `data` each segment is."""
+        for segment, chunk in wanted.items():
+            encoded = self._cut(data, chunk, segment)
+            self._fill(one, segment, encoded)
+            one.digests[segment] = blake3(encoded).digest()
+
     # ---- what others aggregated -----------------------------------------------------------------------------
 
     def _drop(self, one: _Round, peer: PeerId) -> None:
@@ -228,14 +239,12 @@ class SlicedPuller(Puller):
             told = await self._told(peer, one.number, until, late)
             if not agrees(told, {each: commit.blob for each, commit in one.commits.items()}):
                 raise ProtocolError("aggregated other contributions than were committed to, or less than half of them")
-            wanted = {segment: place for place, segment in enumerate(told.segments) if segment in one.of(peer)}
+            share = set(one.of(peer))
+            wanted = {segment: place for place, segment in enumerate(told.segments) if segment in share}
             ref, most = BlobRef(BlobId(told.blob), told.size), SEGMENT_BYTES * len(told.segments)
             left = max(0.05, until - self._now())
             data = await self._exchange.fetch_chunks(ref, peer, list(wanted.values()), most, left)
-            for segment, place in wanted.items():
-                encoded = self._cut(data, place, segment)
-                await self._in_thread(self._fill, one, segment, encoded)
-                one.digests[segment] = await self._in_thread(lambda some: blake3(some).digest(), encoded)
+            await self._in_thread(self._fill_in, one, wanted, data)
             one.told[peer] = told
             one.members |= {PeerId(each) for each in told.members}
         except PotluckError as error:

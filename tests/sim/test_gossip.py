@@ -15,21 +15,19 @@ import pytest
 import torch
 
 from potluck.net.host import PeerId
-from potluck.swarm.codecs import make_codec
-from potluck.swarm.follower import Follower, Following, RoundRules
+from potluck.swarm.follower import Follower, RoundRules
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult
-from potluck.swarm.outer import OuterStep
 from potluck.swarm.phases import Round, RoundClock
 from potluck.swarm.rounds import GossipReplica
 from potluck.swarm.state import ReplicaState
-from potluck.swarm.waits import WaitBoard
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_exchange import FakeExchange, World
+from virtual_swarm import MODULE, VirtualSwarm
 
-MODULE = "stage.0"
+from fake_exchange import FakeExchange
+
 LAYOUT = Layout.of([("bias", (7,)), ("weight", (40, 16))])
 RULES = RoundRules(
     clock=RoundClock(genesis=0.0, seconds=10.0, exchange_seconds=2.0),
@@ -74,53 +72,22 @@ class Quadratic:
         return float(np.mean((self.theta - self.target) ** 2))
 
 
-class Swarm:
-    """Replicas on one virtual clock. Each has a task; events are kept per peer."""
+class Swarm(VirtualSwarm):
+    layout = LAYOUT
 
     def __init__(self, rules: RoundRules = RULES, codec: str = "int8", momentum: float = 0.0) -> None:
-        self.rules, self.codec, self.momentum = rules, codec, momentum
-        self.world = World()
-        self.loop = asyncio.get_running_loop()
-        self.started = self.loop.time()
-        self.replicas: dict[PeerId, GossipReplica] = {}
+        super().__init__(rules, codec, momentum)
         self.followers: dict[PeerId, Follower] = {}
-        self.tasks: dict[PeerId, asyncio.Task[Any]] = {}
-        self.events: dict[PeerId, list[dict[str, Any]]] = {}
         self.frozen: set[PeerId] = set()
         self.draw: Callable[[int], int] = lambda n: 0
 
-    def now(self) -> float:
-        self.world.now = self.loop.time() - self.started  # also asked by the compute thread
-        return self.world.now
-
     def start(self, number: int, keeper: bool = False, state: ReplicaState | None = None) -> PeerId:
         peer = PeerId(f"peer-{number:02d}")
-        waits = WaitBoard(self.now)
-        events = self.events.setdefault(peer, [])
-
-        def emit(name: str, **fields: Any) -> None:
-            events.append({"event": name, **fields})
-            for wait in waits.current():
-                assert float(wait["until"]) >= self.now() - 2.0, wait
-
-        following = Following(
-            peer=peer,
-            module=MODULE,
-            rules=self.rules,
-            codec=make_codec(self.codec, {"chunk": 64, "k": 8} if self.codec == "sparse" else {}),
-            outer=OuterStep(1.0 if not self.momentum else 0.7, self.momentum),
-            exchange=FakeExchange(self.world, peer),
-            now=self.now,
-            waits=waits,
-            emit=emit,
-            session=bytes([number]) * 16,
-            draw=self.draw,
-        )
-        velocity = LAYOUT.zeros() if self.momentum else None
-        theta_0 = ReplicaState(MODULE, LAYOUT, Round(0), LAYOUT.zeros(), velocity)
+        following = self.following(peer, bytes([number]) * 16)
+        following["draw"] = self.draw
         if keeper:
             follower = self.followers[peer] = Follower(LAYOUT, **following)
-            self.tasks[peer] = asyncio.create_task(follower.follow(theta_0))
+            self.tasks[peer] = asyncio.create_task(follower.follow(self.theta_0()))
         else:
             replica = self.followers[peer] = self.replicas[peer] = GossipReplica(
                 trainer=Quadratic(number),
@@ -128,24 +95,8 @@ class Swarm:
                 held_out=torch.zeros(1, 2, dtype=torch.int64),
                 **following,
             )
-            self.tasks[peer] = asyncio.create_task(replica.run(state or theta_0))
+            self.tasks[peer] = asyncio.create_task(replica.run(state or self.theta_0()))
         return peer
-
-    def crash(self, peer: PeerId) -> None:
-        self.world.of(peer).down = True
-        self.tasks[peer].cancel()
-
-    async def until(self, time: float) -> None:
-        await asyncio.sleep(time - self.now())
-        for peer, task in self.tasks.items():
-            if task.done() and not task.cancelled() and task.exception():
-                raise AssertionError(f"{peer} died") from task.exception()
-
-    def applied(self, peer: PeerId) -> dict[int, dict[str, Any]]:
-        return {e["round"]: e for e in self.events[peer] if e["event"] == "swarm.round.applied"}
-
-    def digests(self, round_: int) -> set[str]:
-        return {self.applied(p)[round_]["digest"] for p in self.events if round_ in self.applied(p)}
 
     def thetas(self) -> list[Flat]:
         return [r.state.theta for p, r in self.replicas.items() if r.state and not self.world.of(p).down]

@@ -16,22 +16,18 @@ import torch
 from potluck.net.host import PeerId
 from potluck.sim.loop import Compute, run
 from potluck.sim.stand_in import Pace
-from potluck.swarm.codecs import make_codec
-from potluck.swarm.follower import Following, RoundRules
+from potluck.swarm.follower import RoundRules
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult
-from potluck.swarm.outer import OuterStep
 from potluck.swarm.overlap import OverlappedReplica
-from potluck.swarm.phases import Round, RoundClock
+from potluck.swarm.phases import RoundClock
 from potluck.swarm.rounds import GossipReplica
 from potluck.swarm.state import ReplicaState
-from potluck.swarm.waits import WaitBoard
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_exchange import FakeExchange, World
+from virtual_swarm import VirtualSwarm
 
-MODULE = "stage.0"
 LAYOUT = Layout.of([("a", (9,)), ("b", (20, 16)), ("c", (3, 50)), ("d", (14, 10))])
 #: Rounds of 10 s, of which 4 s go into the exchange while the next ten steps of 0.95 s are made.
 RULES = RoundRules(
@@ -84,7 +80,9 @@ class Pulling:
         return float(np.mean((self.theta - self.target) ** 2))
 
 
-class Swarm:
+class Swarm(VirtualSwarm):
+    layout = LAYOUT
+
     def __init__(
         self,
         rules: RoundRules = RULES,
@@ -93,79 +91,30 @@ class Swarm:
         replica: type[GossipReplica] = OverlappedReplica,
         step_seconds: float = STEP_SECONDS,
     ) -> None:
-        self.rules, self.codec, self.momentum, self.kind, self.step_seconds = (
-            rules,
-            codec,
-            momentum,
-            replica,
-            step_seconds,
-        )
-        self.world = World()
-        self.loop = asyncio.get_running_loop()
-        self.replicas: dict[PeerId, GossipReplica] = {}
+        super().__init__(rules, codec, momentum)
+        self.kind, self.step_seconds = replica, step_seconds
         self.trainers: dict[PeerId, Pulling] = {}
-        self.tasks: dict[PeerId, asyncio.Task[Any]] = {}
-        self.events: dict[PeerId, list[dict[str, Any]]] = {}
         self.states: dict[PeerId, dict[int, ReplicaState]] = {}
-
-    def now(self) -> float:
-        self.world.now = self.loop.time()
-        return self.world.now
 
     def start(self, number: int) -> PeerId:
         peer = PeerId(f"peer-{number:02d}")
         self.world.of(peer).down = False
-        waits, events, states = WaitBoard(self.now), self.events.setdefault(peer, []), self.states.setdefault(peer, {})
-        trainer = self.trainers[peer] = Pulling(number, self.step_seconds)
-
-        def emit(name: str, **fields: Any) -> None:
-            events.append({"event": name, "at": self.now(), **fields})
-            for wait in waits.current():
-                assert float(wait["until"]) >= self.now() - 2.0, wait
+        states, trainer = self.states.setdefault(peer, {}), Pulling(number, self.step_seconds)
 
         async def on_state(state: ReplicaState, residual: Flat | None) -> None:
             states[state.round] = state
 
-        following = Following(
-            peer=peer,
-            module=MODULE,
-            rules=self.rules,
-            codec=make_codec(self.codec, {"chunk": 64, "k": 8} if self.codec == "sparse" else {}),
-            outer=OuterStep(1.0 if not self.momentum else 0.7, self.momentum),
-            exchange=FakeExchange(self.world, peer),
-            now=self.now,
-            waits=waits,
-            emit=emit,
-            session=bytes([number, len(self.tasks)]) * 8,
-            on_state=on_state,
-            compute=Compute(trainer),
-        )
-        velocity = LAYOUT.zeros() if self.momentum else None
-        theta_0 = ReplicaState(MODULE, LAYOUT, Round(0), LAYOUT.zeros(), velocity)
+        following = self.following(peer, bytes([number, len(self.tasks)]) * 8)
+        following["on_state"], following["compute"] = on_state, Compute(trainer)
+        self.trainers[peer] = trainer
         replica = self.replicas[peer] = self.kind(
             trainer=trainer,
             batches=lambda round_: iter(()),
             held_out=torch.zeros(1, 2, dtype=torch.int64),
             **following,
         )
-        self.tasks[peer] = asyncio.create_task(replica.run(theta_0))
+        self.tasks[peer] = asyncio.create_task(replica.run(self.theta_0()))
         return peer
-
-    def crash(self, peer: PeerId) -> None:
-        self.world.of(peer).down = True
-        self.tasks[peer].cancel()
-
-    async def until(self, time: float) -> None:
-        await asyncio.sleep(time - self.now())
-        for peer, task in self.tasks.items():
-            if task.done() and not task.cancelled() and task.exception():
-                raise AssertionError(f"{peer} died") from task.exception()
-
-    def applied(self, peer: PeerId) -> dict[int, dict[str, Any]]:
-        return {e["round"]: e for e in self.events[peer] if e["event"] == "swarm.round.applied"}
-
-    def digests(self, round_: int) -> set[str]:
-        return {self.applied(p)[round_]["digest"] for p in self.events if round_ in self.applied(p)}
 
     def names(self, peer: PeerId) -> list[str]:
         return [e["event"] for e in self.events[peer]]

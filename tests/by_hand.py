@@ -32,7 +32,7 @@ def applied(
     view = View()
     for peer, delta in deltas.items():
         blob = codec.encode(delta, before.layout)
-        ref = store.put(marked(blob, peer, before.module, before.round))
+        ref = store.put(*marked(blob, peer, before.module, before.round))
         view.contributions[peer] = codec.decode(blob, before.layout)
         view.commits[peer] = Commit(
             module=before.module,

@@ -50,4 +50,5 @@ def _text(answer: dict[str, Any]) -> str:
     if answer["alone"]:
         lines.append(f"training alone for {answer['rounds_alone']} rounds: no other peer was seen")
     lines += [f"missing last round: {peer}: {reason}" for peer, reason in answer["missing"].items()]
+    lines += [f"late in the round before: {peer}: by {by:.1f} s" for peer, by in answer.get("late", {}).items()]
     return "\n".join(lines)

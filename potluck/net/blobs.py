@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import errno
+import io
 import logging
 import math
 import mmap
@@ -41,7 +42,6 @@ from potluck.errors import (
 )
 from potluck.net.host import PeerId
 from potluck.net.rpc import Reply, Rpc
-from potluck.net.wire import Buffer
 
 log = logging.getLogger(__name__)
 
@@ -315,15 +315,15 @@ class BlobStore:
 
     # --- changing it
 
-    def put(self, data: Any, *, reveal_at: float | None = None, pin: bool = False, sync: bool = False) -> BlobRef:
-        """Store `data` (bytes or a C-contiguous array); others get it from `reveal_at` (Unix seconds) on.
+    def put(self, *data: Any, reveal_at: float | None = None, pin: bool = False, sync: bool = False) -> BlobRef:
+        """Store `data` (bytes or C-contiguous arrays, one behind the other); others get it from `reveal_at` (Unix
+        seconds) on.
 
         `sync` makes it survive a power failure. Storing the same again is free, and never makes its reveal
         earlier or unpins it. Raises UserError when quota or disk are full; then nothing is left behind.
         Blocks for hashing and writing: about a second per GB.
         """
-        view = bytes_view(data)
-        chunks = ChunkList.of([view])
+        chunks = ChunkList.of(data)
         blob_id = chunks.blob_id
         with self._writing:
             with self._lock:
@@ -332,13 +332,13 @@ class BlobStore:
                     if pin and not known.pinned:
                         self.pin(blob_id)
                     return chunks.ref
-                self._make_room(len(view), keep=blob_id)
-                self._being_written = len(view)
+                self._make_room(chunks.size, keep=blob_id)
+                self._being_written = chunks.size
             meta = _Meta(chunks.size, chunks.digests, reveal_at, pin)
             try:
-                self._write(self._path(blob_id, "blob"), view, sync)
+                self._write(self._path(blob_id, "blob"), data, sync)
                 with self._lock:
-                    self._write(self._path(blob_id, "meta"), msgspec.msgpack.encode(meta), sync)
+                    self._write(self._path(blob_id, "meta"), [msgspec.msgpack.encode(meta)], sync)
                     # A fetch of the same that goes on keeps its file, and finds the blob here when it ends.
                     if self._partial.pop(blob_id, None) is not None:
                         self._path(blob_id, "part").unlink(missing_ok=True)
@@ -368,7 +368,7 @@ class BlobStore:
                 raise BlobNotFound(f"blob {blob_id[:12]} is not here")
             if meta.pinned != pinned:
                 meta.pinned = pinned
-                self._write(self._path(blob_id, "meta"), msgspec.msgpack.encode(meta), False)
+                self._write(self._path(blob_id, "meta"), [msgspec.msgpack.encode(meta)], False)
 
     def remove(self, blob_id: BlobId) -> None:
         """Pinned or not; nothing happens if it is not here. Maps of it stay valid."""
@@ -425,13 +425,15 @@ class BlobStore:
             )
         self._evict_down_to(self.quota_bytes - size + already, keep)
 
-    def _write(self, path: Path, data: Buffer, sync: bool) -> None:
+    def _write(self, path: Path, data: Sequence[Any], sync: bool) -> None:
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            with temporary.open("xb") as file:
-                file.write(data)
+            with temporary.open("xb", buffering=0) as file:
+                # One call for much more than a mebibyte makes the kernel look for huge pages: ten times as slow.
+                for view in map(bytes_view, data):
+                    for start in range(0, len(view), CHUNK_BYTES):
+                        _write_all(file, view[start : start + CHUNK_BYTES])
                 if sync:
-                    file.flush()
                     os.fsync(file.fileno())
             temporary.rename(path)
         except BaseException as error:
@@ -476,7 +478,7 @@ class BlobStore:
                 self._make_room(chunks.size, keep=blob_id)
                 meta = msgspec.msgpack.encode(_Meta(chunks.size, chunks.digests))
                 try:
-                    self._write(self._path(blob_id, "meta"), meta, False)
+                    self._write(self._path(blob_id, "meta"), [meta], False)
                     with path.open("xb") as file:
                         # Reserved now: a full disk must be an error here, not a SIGBUS in the map later.
                         os.posix_fallocate(file.fileno(), 0, chunks.size)
@@ -529,6 +531,11 @@ def _map(path: Path, size: int, *, writable: bool = False) -> memoryview:
     if not writable and hasattr(mmap, "MADV_WILLNEED"):
         mapped.madvise(mmap.MADV_WILLNEED)  # page faults on a cold disk would stop the loop
     return memoryview(mapped)
+
+
+def _write_all(file: io.RawIOBase, view: memoryview) -> None:
+    while len(view):
+        view = view[file.write(view) :]
 
 
 def _disk_error(error: OSError, path: Path) -> PotluckError:
@@ -591,7 +598,7 @@ class BlobService:
 
     A round's contributions, which have a deadline, are urgent; states that joiners load are not. A contribution is sent
     to two peers at once, first to those who have most of it: over a slow line they have it early, and give it to the
-    others while it goes out to the next."""
+    others while it goes out to the next. Who asks for chunks that nobody else needs (`alone`) takes no turns."""
 
     def __init__(self, rpc: Rpc, store: BlobStore) -> None:
         self._store = store
@@ -619,6 +626,8 @@ class BlobService:
         chunk = chunk[start : start + size]
         if self._store.is_lent(blob_id):
             return Reply({}, chunk, urgent=False)
+        if head.get("alone"):
+            return Reply({}, chunk)
         turns = self._turns.setdefault(blob_id, _Turns())
         try:
             await turns.take(peer)

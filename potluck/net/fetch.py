@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import mmap
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from blake3 import blake3
@@ -77,15 +77,13 @@ async def fetch(
     window: int = 4,
     report: FetchReport | None = None,
     may_come: bool = True,
-    indexes: Sequence[int] | None = None,
 ) -> memoryview:
     """The blob's bytes, every chunk verified, from all holders in parallel (`window` requests each).
 
     With `store` the chunks are kept on disk as they come, so that a later fetch resumes, and the blob is in
     the store afterwards. `into` (exactly `ref.size` bytes) receives the data. `report` is filled in, also when
     the fetch fails. `may_come`: a holder that does not have it yet is asked again; without,
-    its word is final. `indexes`: only these chunks, which are not stored; the rest of what is returned is zeros, and
-    takes no memory. Raises BlobError if `ref.size` exceeds `max_bytes`; BlobUnavailable, with each holder's
+    its word is final. Raises BlobError if `ref.size` exceeds `max_bytes`; BlobUnavailable, with each holder's
     reason, if nobody delivers in time; UserError if the store is full. A retry is safe, and resumes with
     `store`.
     """
@@ -95,8 +93,6 @@ async def fetch(
         raise ValueError(f"a buffer of {len(into)} bytes for a blob of {ref.size}")
     if store is not None and store.has(ref.id):
         return _deliver(store.open(ref.id), into)
-    if indexes is not None:
-        store = None
     if ref.size == 0:
         if ChunkList(0, b"").blob_id != ref.id:
             raise BlobError(f"blob {ref.id[:12]} is not empty")
@@ -105,24 +101,22 @@ async def fetch(
     try:
         if ref.size <= CHUNK_BYTES:
             data = into if into is not None else memoryview(bytearray(ref.size))
-            await job.receive([0], data)
+            await job.receive([0], lambda span: data[span])
             if store is not None:
                 store.put(data)
             return data
         if (chunks := store.partial_chunks(ref.id) if store is not None else None) is None:
-            await job.receive([_LIST], memoryview(b""))
-            chunks = job.chunks
-        assert chunks is not None
+            chunks = await job.learn_list()
         job.chunks = chunks
         target = store.begin_partial(chunks) if store is not None else None
         if store is None or target is None:
-            data = into if into is not None else _untouched(ref.size)
-            await job.receive(range(chunk_count(ref.size)) if indexes is None else indexes, data)
+            data = into if into is not None else memoryview(bytearray(ref.size))
+            await job.receive(range(chunk_count(ref.size)), lambda span: data[span])
             return data
         try:
             missing = await asyncio.to_thread(_missing_chunks, chunks, target)
             job.resumed(missing)
-            await job.receive(missing, target)
+            await job.receive(missing, lambda span: target[span])
             return _deliver(store.finish_partial(ref.id), into)
         finally:
             store.pause_partial(ref.id)
@@ -130,12 +124,26 @@ async def fetch(
         await job.cancel(list(job.requests))
 
 
-def _untouched(size: int) -> memoryview:
-    """Memory that is taken page by page as it is written to."""
-    taken = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        taken.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(taken)
+async def fetch_chunks(
+    rpc: Rpc,
+    ref: BlobRef,
+    holder: PeerId,
+    indexes: Sequence[int],
+    *,
+    timeout_seconds: float,
+    on_chunk: Callable[[int, memoryview], None],
+    room: Callable[[int], memoryview],
+    window: int = 4,
+) -> None:
+    """Some chunks of a blob, asked for in the order of `indexes`. `on_chunk(index, data)` has each as soon as it was
+    verified. `room(size)`: where one is received. Raises BlobUnavailable."""
+    job = _Fetch(rpc, ref, [holder], timeout_seconds, window, None, FetchReport(), True)
+    try:
+        if ref.size > CHUNK_BYTES:
+            await job.learn_list()
+        await job.receive(indexes, lambda span: room(span.stop - span.start), on_chunk, {"alone": True})
+    finally:
+        await job.cancel(list(job.requests))
 
 
 def _deliver(data: memoryview, into: memoryview | None) -> memoryview:
@@ -196,21 +204,35 @@ class _Fetch:
         self._on_progress = on_progress
         self._report = report
         self._may_come = may_come
-        self._target = memoryview(b"")
+        self._place: Callable[[slice], memoryview] = lambda span: memoryview(b"")
+        self._on_chunk: Callable[[int, memoryview], None] = lambda index, data: None
         self._waiting: deque[int] = deque()
         self._missing: set[int] = set()
         self._done_bytes = 0
         self._answers = 0
         self._answer_seconds = 0.0
+        self._asked_with: Mapping[str, Any] = {}
 
     def resumed(self, missing: Sequence[int]) -> None:
         size = self._ref.size
         self._done_bytes = size - sum(_span_length(size, index) for index in missing)
         self._report.resumed_bytes = self._done_bytes
 
-    async def receive(self, indexes: Sequence[int], target: memoryview) -> None:
-        """Until all of `indexes` are in `target`. Raises BlobUnavailable."""
-        self._target = target
+    async def learn_list(self) -> ChunkList:
+        """The blob's chunk list, which requests are checked with from now on. Raises BlobUnavailable."""
+        await self.receive([_LIST], lambda span: memoryview(b""))
+        assert self.chunks is not None
+        return self.chunks
+
+    async def receive(
+        self,
+        indexes: Sequence[int],
+        place: Callable[[slice], memoryview],
+        on_chunk: Callable[[int, memoryview], None] = lambda index, data: None,
+        asked_with: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Until all of `indexes` are in the places of their spans. Raises BlobUnavailable."""
+        self._place, self._on_chunk, self._asked_with = place, on_chunk, asked_with
         self._waiting = deque(indexes)
         self._missing = set(indexes)
         while self._missing:
@@ -294,7 +316,7 @@ class _Fetch:
         buffer = memoryview(b"")
         if index != _LIST:
             span = chunk_span(self._ref.size, index)
-            buffer = self._target[span] if direct else memoryview(bytearray(span.stop - span.start))
+            buffer = self._place(span) if direct else memoryview(bytearray(span.stop - span.start))
         request = _Request(holder, index, buffer, direct, now)
         task = self._loop.create_task(self._get_list(request) if index == _LIST else self._get_chunk(request))
         self.requests[task] = request
@@ -332,7 +354,7 @@ class _Fetch:
         return size
 
     async def _get_part(self, request: _Request, start: int, size: int) -> None:
-        head: dict[str, Any] = {"id": self._ref.id, "index": request.index}
+        head: dict[str, Any] = {"id": self._ref.id, "index": request.index, **self._asked_with}
         if size < len(request.buffer):
             head |= {"start": start, "size": size}
         reply = await self._rpc.call(
@@ -371,7 +393,8 @@ class _Fetch:
         by_holder[holder.peer] = by_holder.get(holder.peer, 0) + received
         if index != _LIST:
             if not request.direct:
-                self._target[chunk_span(self._ref.size, index)] = request.buffer
+                self._place(chunk_span(self._ref.size, index))[:] = request.buffer
+            self._on_chunk(index, request.buffer)
             self._done_bytes += received
             if self._on_progress is not None:
                 self._on_progress(self._done_bytes, self._ref.size)

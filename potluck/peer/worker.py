@@ -602,6 +602,7 @@ class Run:
             "alone": last.alone if last else None,
             "rounds_alone": self.replica.rounds_alone if self.replica else 0,
             "missing": dict(last.missing) if last else {},
+            "late": dict(last.late) if last else {},
         }
 
     async def _leave(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class MemoryBlobStore(BlobStore):
 
     def _write(self, path: Path, data: Any, sync: bool) -> None:
         if path.suffix == ".blob":
-            self._held[path.stem] = bytes(data)
+            self._held[path.stem] = b"".join(data)
         elif path.stem not in self._held:
             super()._write(path, data, sync)
 

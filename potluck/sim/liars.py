@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 from potluck.dht.records import Commit, Weights
 from potluck.dht.shards import shard_of
 from potluck.net.blobs import BlobId, BlobRef, ChunkList
+from potluck.net.wire import Buffer
 from potluck.sim.stand_in import MODULE
 from potluck.swarm.codecs import Codec
 from potluck.swarm.contribution import Contribution, Sparse
@@ -148,14 +149,15 @@ class LyingExchange:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._exchange, name)
 
-    async def offer(self, blob: bytes, reveal_at: float) -> Any:
+    async def offer(self, buffers: Sequence[Buffer], reveal_at: float) -> Any:
         if self._peer.lie == "garbage":
-            blob = hashlib.shake_128(blob).digest(len(blob))
+            blob = b"".join(buffers)
+            buffers = [hashlib.shake_128(blob).digest(len(blob))]
         if self._peer.lie == "withhold":
-            return ChunkList.of([blob]).ref
+            return ChunkList.of(buffers).ref
         if self._peer.lie == "copy_commit":
-            return await self._anothers(reveal_at) or await self._exchange.offer(blob, reveal_at)
-        return await self._exchange.offer(blob, reveal_at)
+            return await self._anothers(reveal_at) or await self._exchange.offer(buffers, reveal_at)
+        return await self._exchange.offer(buffers, reveal_at)
 
     async def _anothers(self, reveal_at: float) -> BlobRef | None:
         """What another member has committed to in this very round: it has the blob before anybody asks for it."""

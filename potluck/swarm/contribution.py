@@ -1,34 +1,29 @@
 """A decoded contribution, of one of three kinds. What aggregation asks of each gives the same bits on every machine:
 elementwise float32 operations, one at a time, and sums in a fixed order or of integers that are exact in any order.
 
-None of it starts threads. Torch's wait for each other after every operation, for milliseconds where somebody else
-(training, for example) has the processor; Python's spend more time on handing over its lock than such short operations
-take.
+None of it starts threads: they would wait for each other, for milliseconds where somebody else (training, for example)
+has the processor.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from potluck.swarm.blocks import Blocks
+from potluck.swarm.compiled import FLOAT, FLOATS, INT, INT32S, INT64S, TO_FLOATS, UINT8S, compiled
 from potluck.swarm.exact import square_sum, tree_sum
 from potluck.swarm.layout import Flat
 
 #: Values that are worked on together: they stay in the processor's cache.
 SLAB_VALUES: Final = 1 << 18
-#: Of 8 bits.
-MAX_CODE: Final = 128
-#: Operations on so many values torch does not share out among its threads (less than its GRAIN_SIZE).
-UNSHARED_VALUES: Final = (1 << 15) - 1
 
 #: Counts as a float32.
 Factor = float | np.float32
@@ -46,7 +41,10 @@ class Dense:
 
     def add_to(self, update: Flat, part: slice, factor: Factor) -> None:
         """Adds this contribution's `part`, times a factor, to `update`, (part's size,)."""
-        np.add(update, self.values[part] * factor, out=update)
+        values = self.values[part]
+        if update.size != values.size:
+            raise IndexError(f"{values.size} values for {update.size}")
+        _add(update, values, np.float32(factor))
 
     def square_sum(self, part: slice) -> float:
         return square_sum(self.values[part])
@@ -69,7 +67,7 @@ class Sparse:
 
     def add_to(self, update: Flat, part: slice, factor: Factor) -> None:
         inside = self.inside(part)
-        self._add(update, part, inside, self._values[inside] * factor)
+        update[self.indices[inside] - part.start] += self._values[inside] * factor  # no index comes twice
 
     def square_sum(self, part: slice) -> float:
         return square_sum(self._values[self.inside(part)])
@@ -79,12 +77,6 @@ class Sparse:
         bounds = np.array([part.start, part.stop], dtype=self.indices.dtype)  # of another type, all indices are copied
         begin, end = self.indices.searchsorted(bounds)
         return slice(int(begin), int(end))
-
-    def _add(self, update: Flat, part: slice, inside: slice, values: Flat) -> None:
-        """`update` has the part's values."""
-        where = torch.from_numpy(np.subtract(self.indices[inside], part.start, dtype=np.int64))
-        # Twice as fast as NumPy's. No index comes twice, so that there is no order to it.
-        torch.from_numpy(update).scatter_add_(0, where, torch.from_numpy(values))
 
 
 class Leveled(Sparse):
@@ -97,27 +89,24 @@ class Leveled(Sparse):
     @property
     def values(self) -> Flat:
         """Computed anew each time."""
-        return self._values_of(slice(0, len(self.indices)), self._levels)
+        values = np.empty(len(self.indices), dtype=np.float32)
+        for tensor, part in self._tensors(slice(0, values.size)):
+            np.take(self._levels[tensor], self._codes[part], out=values[part], mode="clip")  # nothing is clipped
+        return values
 
     def add_to(self, update: Flat, part: slice, factor: Factor) -> None:
-        inside = self.inside(part)
-        self._add(update, part, inside, self._values_of(inside, self._levels * factor))
+        for tensor, inside in self._tensors(self.inside(part)):
+            levels = self._levels[tensor] * factor
+            if not _scatter(update, self.indices[inside], part.start, self._codes[inside], levels):
+                raise IndexError(f"an index outside of {part}, or a code outside of {levels.size} levels")
 
     def square_sum(self, part: slice) -> float:
         """Each level's square times how often it comes."""
         total = 0.0
         for tensor, inside in self._tensors(self.inside(part)):
-            codes = self._codes[inside]
             for code, level in enumerate(self._levels[tensor].tolist()):
-                total += level * level * np.count_nonzero(codes == code)
+                total += level * level * _count(self._codes[inside], code)
         return total
-
-    def _values_of(self, inside: slice, levels: Flat) -> Flat:
-        values = np.empty(inside.stop - inside.start, dtype=np.float32)
-        for tensor, part in self._tensors(inside):
-            out = values[part.start - inside.start : part.stop - inside.start]
-            np.take(levels[tensor], self._codes[part], out=out, mode="clip")  # codes are in range: nothing is clipped
-        return values
 
     def _tensors(self, inside: slice) -> Iterator[tuple[int, slice]]:
         """(tensor, which of its values) for each that has some there."""
@@ -127,83 +116,6 @@ class Leveled(Sparse):
                 return
             if begin < end:
                 yield tensor, slice(begin, end)
-
-
-class Codes(Protocol):
-    """Small integers, as int8 where they are looked at."""
-
-    def __getitem__(self, part: slice) -> npt.NDArray[np.int8]: ...
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Values that are a code times the scale of its block, in blocks of `block` values (the last may be shorter)."""
-
-    size: int
-    block: int
-    #: (ceil(size / block),)
-    scales: Flat
-    codes: Codes
-
-    def read(self, begin: int, end: int, factor: Factor = 1.0, into: Flat | None = None) -> Flat:
-        """Values `begin` to `end` times a factor, which the scales are multiplied by first."""
-        out = np.empty(end - begin, dtype=np.float32) if into is None else into
-        np.copyto(out, self.codes[begin:end])
-        scales = self.scales[begin // self.block : -(-end // self.block)] * factor
-        first, last = -(-begin // self.block), end // self.block
-        if first > last:  # inside one block
-            np.multiply(out, scales[0], out=out)
-            return out
-        head, tail = first * self.block - begin, last * self.block - begin
-        if head:
-            np.multiply(out[:head], scales[0], out=out[:head])
-        if last > first:
-            at = 1 if head else 0
-            _scale(out[head:tail].reshape(-1, self.block), scales[at : at + last - first])
-        if tail < out.size:
-            np.multiply(out[tail:], scales[-1], out=out[tail:])
-        return out
-
-    def square_sum(self, begin: int, end: int) -> float:
-        first, last = -(-begin // self.block), end // self.block
-        if first >= last:
-            return square_sum(self.read(begin, end))
-        scales = self.scales[first:last].astype(np.float64)
-        head = square_sum(self.read(begin, first * self.block))
-        tail = square_sum(self.read(last * self.block, end))
-        return head + tree_sum(scales * scales * self._squares[first:last]) + tail
-
-    @cached_property
-    def _squares(self) -> np.ndarray:
-        """Of each whole block the sum of its squared codes: whole numbers, exact in any order."""
-        blocks, step = self.size // self.block, SLAB_VALUES // self.block
-        if step == 0:
-            return np.array([self._square(row * self.block, (row + 1) * self.block) for row in range(blocks)])
-        dtype: type[np.floating] = np.float32 if self.block * MAX_CODE**2 < 2**24 else np.float64
-        found, scratch = np.empty(blocks, dtype=dtype), np.empty((min(step, blocks), self.block), dtype=dtype)
-        for first in range(0, blocks, step):
-            last = min(blocks, first + step)
-            codes = scratch[: last - first]
-            np.copyto(codes, self.codes[first * self.block : last * self.block].reshape(codes.shape))
-            np.einsum("ij,ij->i", codes, codes, out=found[first:last])
-        return found
-
-    def _square(self, begin: int, end: int) -> float:
-        parts = (self.codes[at : min(end, at + SLAB_VALUES)] for at in range(begin, end, SLAB_VALUES))
-        return sum(float(np.square(part, dtype=np.int32).sum(dtype=np.int64)) for part in parts)
-
-
-def _scale(rows: np.ndarray, scales: Flat) -> None:
-    """Multiplies each row. torch is three times as fast as NumPy at this; see above about its threads."""
-    together = UNSHARED_VALUES // rows.shape[1] if torch.get_num_threads() > 1 else len(rows)
-    if together == 0:
-        for row, scale in zip(rows, scales, strict=True):
-            np.multiply(row, scale, out=row)
-        return
-    parts: Iterable[Tensor] = torch.from_numpy(rows).split(together)  # type: ignore[no-untyped-call]
-    factors: Iterable[Tensor] = torch.from_numpy(scales)[:, None].split(together)  # type: ignore[no-untyped-call]
-    for part, of in zip(parts, factors, strict=True):
-        part.mul_(of)
 
 
 @dataclass(frozen=True)
@@ -216,12 +128,16 @@ class Quantized:
     @property
     def values(self) -> Flat:
         """All of them, computed anew each time."""
-        values = np.empty(sum(one.size for one in self.segments), dtype=np.float32)
-        for start in range(0, values.size, SLAB_VALUES):
-            part = slice(start, min(values.size, start + SLAB_VALUES))
-            for one, begin, end, at in self._inside(part):
-                one.read(begin, end, into=values[part][at : at + end - begin])
+        values = np.empty(self._starts[-1], dtype=np.float32)
+        self.read(values)
         return values
+
+    def read(self, into: Flat) -> None:
+        """Writes all of them, (layout.size,)."""
+        for start in range(0, into.size, SLAB_VALUES):
+            part = slice(start, min(into.size, start + SLAB_VALUES))
+            for one, begin, end, at in self._inside(part):
+                one.read(begin, end, into[part][at : at + end - begin])
 
     @cached_property
     def length(self) -> float:
@@ -229,8 +145,7 @@ class Quantized:
 
     def add_to(self, update: Flat, part: slice, factor: Factor) -> None:
         for one, begin, end, at in self._inside(part):
-            into = update[at : at + end - begin]
-            np.add(into, one.read(begin, end, factor), out=into)
+            one.add_to(update[at : at + end - begin], begin, end, factor)
 
     def square_sum(self, part: slice) -> float:
         return tree_sum(np.array([one.square_sum(begin, end) for one, begin, end, _ in self._inside(part)]))
@@ -256,3 +171,28 @@ Contribution = Dense | Sparse | Quantized
 def _length(values: Flat) -> float:
     """Euclidean, for judging: need not be the same bits everywhere, as `square_sum` is."""
     return float(np.linalg.norm(values.astype(np.float64)))
+
+
+@compiled((TO_FLOATS, FLOATS, FLOAT))
+def _add(update: Flat, values: Flat, factor: np.float32) -> None:
+    for i in range(values.size):
+        update[i] += values[i] * factor
+
+
+@compiled(*((TO_FLOATS, indices, INT, UINT8S, FLOATS) for indices in (INT32S, INT64S)))
+def _scatter(update: Flat, indices: np.ndarray, start: int, codes: npt.NDArray[np.uint8], levels: Flat) -> bool:
+    """Adds each code's level at its index, from `start` on. False, with some added, for what is out of range."""
+    for i in range(indices.size):
+        at, code = np.uint64(indices[i] - start), np.uint64(codes[i])  # negative: very large
+        if at >= update.size or code >= levels.size:
+            return False
+        update[at] += levels[code]
+    return True
+
+
+@compiled((UINT8S, INT))
+def _count(codes: npt.NDArray[np.uint8], wanted: int) -> int:
+    found, code = np.int32(0), np.uint8(wanted)
+    for i in range(codes.size):
+        found = np.int32(found + (codes[i] == code))
+    return int(found)

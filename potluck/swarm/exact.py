@@ -13,10 +13,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from potluck.swarm.compiled import FLOATS, INFINITE, INT, INT32S, MAGNITUDE, TO_DOUBLES, compiled
+
 #: Sums that are kept side by side: they and their summands stay in the processor's cache.
 LANES: Final = 1 << 15
 
 
+@compiled((TO_DOUBLES,))
 def tree_sum(values: npt.NDArray[np.float64]) -> float:
     """Sum by halving: the upper half is added onto the lower one until one value is left. Destroys `values`."""
     n = values.size
@@ -24,8 +27,9 @@ def tree_sum(values: npt.NDArray[np.float64]) -> float:
         return 0.0
     while n > 1:
         half = n // 2
-        lower = values[:half]
-        np.add(lower, values[half : 2 * half], out=lower)
+        lower, upper = values[:half], values[half : 2 * half]
+        for i in range(lower.size):
+            lower[i] += upper[i]
         if n % 2:
             values[0] += values[n - 1]
         n = half
@@ -36,16 +40,32 @@ def square_sum(values: npt.NDArray[np.float32]) -> float:
     """Squares of float32 are exact in float64. They are added up in `LANES` sums, value i in the (i mod LANES)-th, one
     after another; these by halving."""
     lanes = np.zeros(min(values.size, LANES))
-    squares = np.empty_like(lanes)
-    for start in range(0, values.size, LANES):
-        part = values[start : start + LANES]
-        square, into = squares[: part.size], lanes[: part.size]
-        np.copyto(square, part)
-        np.multiply(square, square, out=square)
-        np.add(into, square, out=into)
+    _add_squares(lanes, values, LANES)
     return tree_sum(lanes)
+
+
+def all_finite(values: npt.NDArray[np.float32]) -> bool:
+    """Whether none of them, C-contiguous, is infinite or no number."""
+    return _largest_magnitude(values.view(np.int32)) < INFINITE
 
 
 def norm(values: npt.NDArray[np.float32]) -> float:
     """Euclidean norm. The square root is correctly rounded (IEEE 754)."""
     return math.sqrt(square_sum(values))
+
+
+@compiled((INT32S,))
+def _largest_magnitude(bits: npt.NDArray[np.int32]) -> int:
+    largest = np.int32(0)
+    for i in range(bits.size):
+        largest = max(largest, bits[i] & np.int32(MAGNITUDE))
+    return int(largest)
+
+
+@compiled((TO_DOUBLES, FLOATS, INT))
+def _add_squares(lanes: npt.NDArray[np.float64], values: npt.NDArray[np.float32], most: int) -> None:
+    """`lanes`: (min(most, values.size),)."""
+    for start in range(0, values.size, most):
+        part = values[start : start + most]
+        for i in range(part.size):
+            lanes[i] += np.float64(part[i]) * np.float64(part[i])

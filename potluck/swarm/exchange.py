@@ -11,16 +11,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import msgspec
+import numpy as np
 
 from potluck.dht.directory import Directory
 from potluck.dht.records import Commit, Replica, Signed, Weights
 from potluck.errors import CapTooLow
-from potluck.net.blobs import BlobId, BlobRef, BlobStore, ChunkList
-from potluck.net.fetch import FetchReport, fetch
+from potluck.net.blobs import CHUNK_BYTES, BlobId, BlobRef, BlobStore
+from potluck.net.fetch import FetchReport, fetch, fetch_chunks
 from potluck.net.host import PeerId
 from potluck.net.rpc import Rpc
+from potluck.net.wire import Buffer
 from potluck.swarm.phases import Round
+from potluck.swarm.recycled import Recycled
 from potluck.swarm.slice_board import SliceBoard
 from potluck.swarm.slices import Aggregated
 from potluck.swarm.state import ReplicaState
@@ -29,6 +31,11 @@ from potluck.swarm.state import ReplicaState
 STATE_BYTES = 256 * 2**20
 #: A state that was asked for within this time is still being downloaded.
 WANTED_SECONDS = 30.0
+#: Of a chunk each, kept to be received into again.
+MOST_BUFFERS = 256
+
+#: (index, data): a chunk that was verified. The data may be kept for as long as it is needed.
+OnChunk = Callable[[int, memoryview], None]
 
 
 class Exchange(Protocol):
@@ -44,8 +51,9 @@ class Exchange(Protocol):
         """Who announces to have a state of the module."""
         ...
 
-    async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
-        """Serve a blob from `reveal_at` on. Raises DiskFull, and CapTooLow where nobody could have it in time."""
+    async def offer(self, buffers: Sequence[Buffer], reveal_at: float) -> BlobRef:
+        """Serve a blob, of buffers one behind the other, from `reveal_at` on. Raises DiskFull, and CapTooLow where
+        nobody could have it in time."""
         ...
 
     def offer_state(self, state: ReplicaState) -> None:
@@ -60,21 +68,27 @@ class Exchange(Protocol):
         ...
 
     async def fetch_chunks(
-        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], max_bytes: int, timeout_seconds: float
-    ) -> memoryview:
-        """Some chunks of a blob, in their places. Raises BlobUnavailable or BlobError."""
+        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], timeout_seconds: float, on_chunk: OnChunk
+    ) -> None:
+        """Some chunks of a blob, each told as soon as it was verified. Raises BlobUnavailable or BlobError."""
         ...
 
-    def begin_slices(self, module: str, round_: Round) -> None:
-        """Those who ask what we aggregated in a round are to wait."""
+    def begin_slices(self, module: str, round_: Round, segments: Sequence[int]) -> None:
+        """Those who ask for segments that we aggregate in a round are to wait."""
         ...
 
-    async def tell_slices(self, module: str, round_: Round, told: Aggregated | None, blob: bytes) -> None:
-        """Say what we aggregated, and serve it for as long as contributions. None: nothing."""
+    def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: bytes) -> None:
+        """Serve a segment that we aggregated, for as long as contributions."""
         ...
 
-    async def told_slices(self, peer: PeerId, module: str, round_: Round, timeout_seconds: float) -> Aggregated:
-        """What another aggregated. Raises NetworkError or ProtocolError."""
+    def end_slices(self, module: str, round_: Round) -> None:
+        """Segments that were not told by now will not be."""
+        ...
+
+    async def told_slice(
+        self, peer: PeerId, module: str, round_: Round, segment: int, size: int, timeout_seconds: float
+    ) -> tuple[Aggregated, memoryview]:
+        """A segment of `size` bytes that another aggregates, as soon as it has. Raises NetworkError, ProtocolError."""
         ...
 
     async def fetch_state(
@@ -115,8 +129,9 @@ class NetworkExchange:
         self._on_progress, self._pull_seconds, self._slices = on_progress, pull_seconds, slices
         self._states: list[ReplicaState] = []
         self._kept: deque[tuple[float, BlobId]] = deque()
-        #: Aggregated segments, in memory.
-        self._lent: deque[tuple[float, BlobId]] = deque()
+        #: Rounds of which segments are served.
+        self._sliced: deque[tuple[float, str, Round]] = deque()
+        self._buffers = Recycled(CHUNK_BYTES, np.uint8, MOST_BUFFERS)
         store.remove_older(retain_seconds)  # of an earlier session
 
     async def publish(self, commit: Commit, expires_at: float, timeout_seconds: float) -> bool:
@@ -138,17 +153,18 @@ class NetworkExchange:
         view = await self._directory.replicas(module, timeout_seconds=timeout_seconds)
         return list(view.records)
 
-    async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
-        needed, rate = self._rpc.upload.seconds(len(blob)), self._rpc.upload.rate
+    async def offer(self, buffers: Sequence[Buffer], reveal_at: float) -> BlobRef:
+        size = sum(map(len, buffers))
+        needed, rate = self._rpc.upload.seconds(size), self._rpc.upload.rate
         if rate is not None and needed > self._pull_seconds:
             # To commit to it all the same would leave the others without it, and us with a state of our own.
             least = needed / self._pull_seconds * rate
             raise CapTooLow(
                 f"the upload cap of {rate / 1e3:.0f} kB/s is too low for this run: a contribution of "
-                f"{len(blob) / 1e6:.2f} MB is to be had within {self._pull_seconds:.1f} s; raise the cap to "
+                f"{size / 1e6:.2f} MB is to be had within {self._pull_seconds:.1f} s; raise the cap to "
                 f"{least / 1e3:.0f} kB/s at least, or leave"
             )
-        ref = await asyncio.to_thread(self._store.put, blob, reveal_at=reveal_at)
+        ref = await asyncio.to_thread(self._store.put, *buffers, reveal_at=reveal_at)
         self._keep(ref.id)
         return ref
 
@@ -182,37 +198,42 @@ class NetworkExchange:
         return blob
 
     async def fetch_chunks(
-        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], max_bytes: int, timeout_seconds: float
-    ) -> memoryview:
-        return await fetch(
-            self._rpc,
-            ref,
-            [holder],
-            timeout_seconds=timeout_seconds,
-            max_bytes=max_bytes,
-            store=self._store,
-            indexes=indexes,
+        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], timeout_seconds: float, on_chunk: OnChunk
+    ) -> None:
+        if self._store.has(ref.id):
+            for index in indexes:
+                on_chunk(index, self._store.chunk(ref.id, index))
+            return
+        await fetch_chunks(
+            self._rpc, ref, holder, indexes, timeout_seconds=timeout_seconds, on_chunk=on_chunk, room=self._room
         )
 
-    def begin_slices(self, module: str, round_: Round) -> None:
-        assert self._slices is not None
-        self._slices.begin(module, round_)
+    def begin_slices(self, module: str, round_: Round, segments: Sequence[int]) -> None:
+        now = asyncio.get_running_loop().time()
+        self._board.begin(module, round_, segments)
+        self._sliced.append((now, module, round_))
+        while self._sliced[0][0] < now - self._retain_seconds:
+            self._board.forget(*self._sliced.popleft()[1:])
 
-    async def tell_slices(self, module: str, round_: Round, told: Aggregated | None, blob: bytes) -> None:
-        assert self._slices is not None
-        if told is not None:
-            chunks = await asyncio.to_thread(ChunkList.of, [blob])
-            told = msgspec.structs.replace(told, blob=chunks.blob_id, size=chunks.size)
-            self._store.add_memory(chunks, [blob])
-            now = asyncio.get_running_loop().time()
-            self._lent.append((now, chunks.blob_id))
-            while self._lent[0][0] < now - self._retain_seconds:
-                self._store.drop_memory(self._lent.popleft()[1])
-        self._slices.tell(module, round_, told)
+    def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: bytes) -> None:
+        self._board.tell(module, round_, segment, told, data)
 
-    async def told_slices(self, peer: PeerId, module: str, round_: Round, timeout_seconds: float) -> Aggregated:
+    def end_slices(self, module: str, round_: Round) -> None:
+        self._board.end(module, round_)
+
+    async def told_slice(
+        self, peer: PeerId, module: str, round_: Round, segment: int, size: int, timeout_seconds: float
+    ) -> tuple[Aggregated, memoryview]:
+        into = self._room(size)
+        return await self._board.ask(peer, module, round_, segment, into, timeout_seconds), into
+
+    @property
+    def _board(self) -> SliceBoard:
         assert self._slices is not None
-        return await self._slices.ask(peer, module, round_, timeout_seconds)
+        return self._slices
+
+    def _room(self, size: int) -> memoryview:
+        return self._buffers.any().data[:size]
 
     async def fetch_state(
         self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
@@ -238,8 +259,8 @@ class NetworkExchange:
         for state in self._states:
             self._store.drop_memory(state.digest)
         self._states.clear()
-        while self._lent:
-            self._store.drop_memory(self._lent.popleft()[1])
+        while self._sliced:
+            self._board.forget(*self._sliced.popleft()[1:])
 
     def _keep(self, blob: BlobId) -> None:
         """Contributions go when nobody can need them any more; the quota is only the last resort."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from potluck.swarm.compiled import BOOL, FLOAT, FLOATS, TO_FLOATS, compiled
 from potluck.swarm.layout import Flat
 
 
@@ -35,14 +36,28 @@ class OuterStep:
         """
         rate = np.float32(self.learning_rate)
         if self.momentum == 0.0 or velocity is None:
-            np.multiply(update, rate, out=update)
-            return np.subtract(theta, update, out=update), velocity
-        mu = np.float32(self.momentum_at(round_))
-        velocity = np.multiply(velocity, mu)
-        np.add(velocity, update, out=velocity)
-        if self.nesterov:
-            np.add(update, velocity * mu, out=update)
-            np.multiply(update, rate, out=update)
-        else:
-            np.multiply(velocity, rate, out=update)
-        return np.subtract(theta, update, out=update), velocity
+            _step(theta, update, rate)
+            return update, velocity
+        faster = velocity.copy()
+        _step_with_momentum(theta, faster, update, rate, np.float32(self.momentum_at(round_)), self.nesterov)
+        return update, faster
+
+
+# Both write theta of the next round into `update`.
+
+
+@compiled((FLOATS, TO_FLOATS, FLOAT))
+def _step(theta: Flat, update: Flat, rate: np.float32) -> None:
+    for i in range(update.size):
+        update[i] = theta[i] - update[i] * rate
+
+
+@compiled((FLOATS, TO_FLOATS, TO_FLOATS, FLOAT, FLOAT, BOOL))
+def _step_with_momentum(
+    theta: Flat, velocity: Flat, update: Flat, rate: np.float32, mu: np.float32, nesterov: bool
+) -> None:
+    for i in range(update.size):
+        faster = velocity[i] * mu + update[i]
+        velocity[i] = faster
+        move = update[i] + faster * mu if nesterov else faster
+        update[i] = theta[i] - move * rate

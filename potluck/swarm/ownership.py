@@ -21,9 +21,9 @@ def _mark(peer: PeerId, module: str, round_: Round) -> bytes:
     return hashlib.sha256(named).digest()[:MARK_BYTES]
 
 
-def marked(contribution: bytes, peer: PeerId, module: str, round_: Round) -> bytes:
-    """A codec's blob as this peer commits to it."""
-    return contribution + _mark(peer, module, round_)
+def marked(contribution: bytes, peer: PeerId, module: str, round_: Round) -> tuple[bytes, bytes]:
+    """A codec's blob as this peer commits to it: two buffers, one behind the other."""
+    return contribution, _mark(peer, module, round_)
 
 
 def owned_by(blob: bytes | memoryview, peer: PeerId, module: str, round_: Round) -> memoryview:

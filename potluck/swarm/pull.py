@@ -188,6 +188,24 @@ class Puller:
         except PotluckError as error:  # a full disk, too: others decide how much there is to store
             view.missing[peer] = f"{type(error).__name__}: {error}"
 
+    async def chase(self, view: View, until: float, came: Callable[[PeerId], None]) -> None:
+        """Fetch what a round had to do without, for whoever catches up on it; `came` hears of each that is had."""
+
+        async def one(peer: PeerId, commit: Commit) -> None:
+            try:
+                layout = self._parts[commit.round % len(self._parts)].layout
+                most = MARK_BYTES + self._codec.max_bytes(layout)
+                ref, left = BlobRef(BlobId(commit.blob), commit.size), max(0.05, until - self._now())
+                blob = await self._exchange.fetch(ref, [peer], most, left, may_come=False)
+                owned_by(blob, peer, self._module, Round(commit.round))
+                came(peer)
+            except PotluckError:
+                pass  # as its round said
+
+        async with asyncio.TaskGroup() as group:
+            for peer in sorted(view.missing.keys() & view.commits.keys() - {self._peer}):
+                group.create_task(one(peer, view.commits[peer]))
+
     async def _pull_fragment(
         self, peer: PeerId, commit: Commit, holders: tuple[PeerId, ...], pull_by: float, view: View
     ) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
-
-from potluck.swarm.layout import Flat
+import numpy.typing as npt
 
 #: States that are served, and those about to be.
 MOST: Final = 16
@@ -16,20 +15,24 @@ UNUSED: Final = 3
 
 
 class Recycled:
-    """Gives vectors of one size. One is given again when nothing refers to it any more: no view, no buffer, no tensor
-    (each of them holds a reference to the array that its memory is of)."""
+    """Gives vectors of one size, and keeps up to `most`. One is given again when nothing refers to it any more: no
+    view, no buffer, no tensor (each of them holds a reference to the array that its memory is of)."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._given: list[Flat] = []
+    def __init__(self, size: int, dtype: npt.DTypeLike = np.float32, most: int = MOST) -> None:
+        self._size, self._dtype, self._most = size, dtype, most
+        self._given: list[npt.NDArray[Any]] = []
 
-    def zeros(self) -> Flat:
+    def any(self) -> npt.NDArray[Any]:
+        """With whatever it had in it."""
         for vector in self._given:
             if sys.getrefcount(vector) == UNUSED:
-                vector.fill(0.0)
                 return vector
-        new = np.empty(self._size, dtype=np.float32)
-        new.fill(0.0)
-        if len(self._given) < MOST:
+        new = np.empty(self._size, dtype=self._dtype)
+        if len(self._given) < self._most:
             self._given.append(new)
         return new
+
+    def zeros(self) -> npt.NDArray[Any]:
+        vector = self.any()
+        vector.fill(0)
+        return vector

@@ -7,12 +7,12 @@ replica through rounds; what has nothing to do with training (steps 5 to 7, join
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, Unpack
 
-import numpy as np
 import torch
 
 from potluck.dht.records import Commit
@@ -21,6 +21,7 @@ from potluck.errors import CapTooLow, CodecError, DiskFull, NetworkError, Protoc
 from potluck.net.host import PeerId
 from potluck.swarm.agreement import Agreement, network_at_fault
 from potluck.swarm.contribution import Contribution, Sparse
+from potluck.swarm.exact import all_finite
 from potluck.swarm.follower import Follower, Following
 from potluck.swarm.fragments import encode_fragment
 from potluck.swarm.layout import Flat, Layout
@@ -56,7 +57,8 @@ class RoundReport:
     """What happened in one round, as the live table, the logs and the tests read it.
 
     `seconds`: where the trainer's time went, by phase; together all of it. `beside`: with `rounds.overlap`, durations
-    of what went on while the next round was trained.
+    of what went on while the next round was trained. `late`: whose contribution was missing in the round before and has
+    come since, and how many seconds after its deadline: these are slow, and not gone.
     """
 
     round: Round
@@ -75,6 +77,7 @@ class RoundReport:
     shards: int
     seconds: Mapping[str, float]
     beside: Mapping[str, float]
+    late: Mapping[PeerId, float]
 
     @property
     def utilization(self) -> float:
@@ -100,6 +103,7 @@ class Landed:
 
     view: View
     agreed: Agreement | None
+    late: Mapping[PeerId, float]
     seconds: Mapping[str, float]
 
 
@@ -123,6 +127,8 @@ class GossipReplica(Follower):
         self.last: RoundReport | None = None
         self.rounds_alone = 0
         self._first = True
+        self._chase: asyncio.Task[None] | None = None
+        self._late: dict[PeerId, float] = {}
         self._batches, self._held_out = batches, held_out
 
     # ---- the life of a replica ------------------------------------------------------------------------------
@@ -201,7 +207,11 @@ class GossipReplica(Follower):
         pulled = self._now()
         if self._stop.is_set():
             return None
-        agreed = await self._apply(window.round, view, self.rules.clock.window(Round(window.round + 1)).train_until)
+        following = self.rules.clock.window(Round(window.round + 1))
+        late, self._late = self._late, {}
+        if view.missing:
+            self._chase_missing(window, view, following.commit_by)
+        agreed = await self._apply(window.round, view, following.train_until)
         # A peer that finished its steps early idles; only what lies behind `train_until` is the round's overhead.
         idle = max(0.0, min(window.train_until, revealed) - committed)
         seconds = {
@@ -211,7 +221,24 @@ class GossipReplica(Follower):
             "pull": pulled - revealed,
             "apply": self._now() - pulled,
         }
-        return Landed(view, agreed, seconds)
+        return Landed(view, agreed, late, seconds)
+
+    def _chase_missing(self, window: Window, view: View, until: float) -> None:
+        late = self._late
+
+        def came(peer: PeerId) -> None:
+            late[peer] = self._now() - window.pull_by
+
+        self._end_chase()
+        self._chase = asyncio.create_task(self._puller.chase(view, until, came))
+
+    def _end_chase(self) -> None:
+        if self._chase is not None:
+            self._chase.cancel()
+
+    def _close(self) -> None:
+        self._end_chase()
+        super()._close()
 
     # ---- 1 and 2: train and commit --------------------------------------------------------------------------
 
@@ -246,7 +273,7 @@ class GossipReplica(Follower):
         if result.steps == 0:
             return Mine(result)
         delta = self.trainer.delta(base)
-        if not (math.isfinite(result.loss_before + result.loss_after) and np.isfinite(delta).all()):
+        if not (math.isfinite(result.loss_before + result.loss_after) and all_finite(delta)):
             self._start_anew()
             return Mine(result)
         if self._unsent is None:
@@ -272,15 +299,15 @@ class GossipReplica(Follower):
                 self._on_diverged()
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="diverged")
             return
-        blob, contribution = encoded
+        buffers, contribution = encoded
         mine.contribution = contribution
         fragment = None
         try:
-            ref = await self._exchange.offer(blob, window.commit_by)
+            ref = await self._exchange.offer(buffers, window.commit_by)
             if self.shards > 1:
                 theta, fragments = self._state.theta, self.rules.fragments
                 part = await self._in_thread(encode_fragment, theta, self.layout, window.round, fragments)
-                fragment = await self._exchange.offer(part, window.commit_by)
+                fragment = await self._exchange.offer([part], window.commit_by)
         except (DiskFull, CapTooLow) as error:  # it may be otherwise in the next round
             self._keep_unsent(contribution, window.round)
             full = isinstance(error, DiskFull)
@@ -357,8 +384,9 @@ class GossipReplica(Follower):
         """Nobody would take what training came to, as encoding showed."""
         self._start_anew()
 
-    def _encode(self, delta: Flat, round_: Round) -> tuple[bytes, Contribution] | None:
-        """(what is committed to, what others decode from it); None if training diverged and nobody would take it."""
+    def _encode(self, delta: Flat, round_: Round) -> tuple[tuple[bytes, bytes], Contribution] | None:
+        """(buffers of what is committed to, what others decode from it); None if training diverged and nobody would
+        take it."""
         part = self._part(round_)
         residual = None if self.residual is None else self.residual[part.range]
         try:
@@ -436,6 +464,7 @@ class GossipReplica(Follower):
             shards=self.shards,
             seconds=dict(seconds),
             beside=dict(beside or {}),
+            late=dict(landed.late),
         )
         if view.missing:
             others = [p for p in view.commits if p != self.peer]

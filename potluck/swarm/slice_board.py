@@ -1,19 +1,20 @@
-"""`slices.told`: what this peer aggregated in a round, for those who ask; they wait until it is there."""
+"""`slices.get`: a segment that this peer aggregates in a round, for those who ask; they wait until it is there."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, NamedTuple
+
+import msgspec
 
 from potluck.errors import NetworkError, ProtocolError
 from potluck.net.host import PeerId
 from potluck.net.rpc import Reply, Rpc
 from potluck.swarm.slices import Aggregated, parse_aggregated
 
-METHOD: Final = "slices.told"
-#: A million segments' worth of numbers, and names of a thousand members.
-MAX_ANSWER_BYTES: Final = 1 << 20
+METHOD: Final = "slices.get"
 #: Rounds of all modules that are remembered.
 MOST_KEPT: Final = 256
 
@@ -21,7 +22,20 @@ Key = tuple[str, int]
 
 
 class NothingTold(NetworkError):
-    """This peer has aggregated nothing for that round."""
+    """This peer aggregates no such segment in that round."""
+
+
+class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    module: str
+    round: int
+    segment: int
+    start: Annotated[int, msgspec.Meta(ge=0)]
+    size: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Told(NamedTuple):
+    word: Aggregated
+    data: bytes
 
 
 class SliceBoard:
@@ -29,47 +43,81 @@ class SliceBoard:
 
     def __init__(self, rpc: Rpc) -> None:
         self._rpc = rpc
-        self._told: OrderedDict[Key, asyncio.Future[bytes]] = OrderedDict()
+        self._rounds: OrderedDict[Key, dict[int, asyncio.Future[_Told]]] = OrderedDict()
+        #: By module: the newest round that was begun, and what is resolved when the next one is.
+        self._newest: dict[str, tuple[int, asyncio.Future[None]]] = {}
         rpc.register(METHOD, self._answer, max_request_bytes=0)
 
-    def begin(self, module: str, round_: int) -> None:
-        """Those who ask about this round are to wait."""
-        self._told.setdefault((module, round_), asyncio.get_running_loop().create_future())
-        while len(self._told) > MOST_KEPT:
-            self._told.popitem(last=False)[1].cancel()
+    def begin(self, module: str, round_: int, segments: Sequence[int]) -> None:
+        """Those who ask for these segments are to wait."""
+        loop = asyncio.get_running_loop()
+        self._rounds.setdefault((module, round_), {segment: loop.create_future() for segment in segments})
+        while len(self._rounds) > MOST_KEPT:
+            self.forget(*next(iter(self._rounds)))
+        newest, begun = self._newest.get(module, (round_, None))
+        self._newest[module] = max(newest, round_), loop.create_future()
+        if begun is not None:
+            begun.set_result(None)
 
-    def tell(self, module: str, round_: int, told: Aggregated | None) -> None:
-        """None: there is nothing to tell, and no use in waiting."""
-        waited = self._told.get((module, round_))
-        if waited is None or waited.done():
-            return
-        if told is not None:
-            waited.set_result(told.encode())
-        else:
-            del self._told[module, round_]
-            waited.cancel()
+    def tell(self, module: str, round_: int, segment: int, word: Aggregated, data: bytes) -> None:
+        told = self._rounds.get((module, round_), {}).get(segment)
+        if told is not None and not told.done():
+            told.set_result(_Told(word, data))
 
-    async def ask(self, peer: PeerId, module: str, round_: int, timeout_seconds: float) -> Aggregated:
-        """What `peer` says, as soon as it can say it. Raises NetworkError or ProtocolError."""
-        reply = await self._rpc.call(
-            peer,
-            METHOD,
-            {"module": module, "round": round_},
-            timeout_seconds=timeout_seconds,
-            max_response_bytes=MAX_ANSWER_BYTES,
-        )
-        return parse_aggregated(memoryview(reply.body))
+    def end(self, module: str, round_: int) -> None:
+        """What was not told is not worth waiting for."""
+        for told in self._rounds.get((module, round_), {}).values():
+            told.cancel()
+
+    def forget(self, module: str, round_: int) -> None:
+        self.end(module, round_)
+        self._rounds.pop((module, round_), None)
+
+    async def ask(
+        self, peer: PeerId, module: str, round_: int, segment: int, into: memoryview, timeout_seconds: float
+    ) -> Aggregated:
+        """A segment that `peer` aggregates, into a buffer of exactly its size, as soon as it is there. Under a download
+        cap part by part. Raises NetworkError or ProtocolError."""
+        deadline = asyncio.get_running_loop().time() + timeout_seconds
+        start, word = 0, None
+        while word is None or start < len(into):
+            part = into[start : start + self._rpc.download.ask_bytes]
+            reply = await self._rpc.call(
+                peer,
+                METHOD,
+                {"module": module, "round": round_, "segment": segment, "start": start, "size": len(part)},
+                timeout_seconds=max(0.0, deadline - asyncio.get_running_loop().time()),
+                lane="bulk",
+                into=part,
+            )
+            if len(reply.body) != len(part):
+                raise ProtocolError(f"sent {len(reply.body)} bytes for {len(part)} of segment {segment}")
+            word = parse_aggregated(reply.head)
+            start += len(part)
+        return word
 
     async def _answer(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
-        module, round_ = head.get("module"), head.get("round")
-        if not isinstance(module, str) or not isinstance(round_, int):
-            raise ProtocolError(f"{METHOD} without a module and a round")
-        waited = self._told.get((module, round_))
-        if waited is None:
-            raise NothingTold(f"nothing was aggregated for round {round_} of {module} here")
         try:
-            return Reply({}, await asyncio.shield(waited))
+            asked = msgspec.convert(head, _Asked)
+        except msgspec.ValidationError as error:
+            raise ProtocolError(f"{METHOD}: {error}") from None
+        told = await self._told(asked.module, asked.round, asked.segment)
+        stop = asked.start + asked.size
+        if stop > len(told.data):
+            raise ProtocolError(f"a part that a segment of {len(told.data)} bytes does not have")
+        return Reply(told.word.head(), memoryview(told.data)[asked.start : stop])
+
+    async def _told(self, module: str, round_: int, segment: int) -> _Told:
+        # Others' clocks may be ahead of ours.
+        while (newest := self._newest.get(module)) is not None and newest[0] < round_:
+            await asyncio.shield(newest[1])
+        told = self._rounds.get((module, round_), {}).get(segment)
+        nothing = f"segment {segment} of {module} is not aggregated here in round {round_}"
+        if told is None:
+            raise NothingTold(nothing)
+        try:
+            return await asyncio.shield(told)
         except asyncio.CancelledError:
-            if waited.cancelled():
-                raise NothingTold(f"nothing was aggregated for round {round_} of {module} here") from None
+            if told.cancelled():
+                raise NothingTold(nothing) from None
             raise

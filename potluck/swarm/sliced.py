@@ -1,11 +1,11 @@
 """Sliced exchange: each member aggregates a part of the update for all (`rounds.md`, "Dense codecs: sliced exchange").
 
-Whole blobs cost (g - 1) times a contribution's bytes; a butterfly all-reduce needs 2 (g - 1) / g of it. Member j pulls
-its segments of everybody's blob, aggregates them, encodes what comes out with the run's codec and serves that; the
-others pull it. Pull-only and leaderless: who aggregates what follows from the commits, a segment that nobody gives in
-time is pulled raw by whoever needs it, and the same contributions give the same bytes whoever aggregates them. So any
-member can check any segment. Each checks one a round, drawn at random; who lied is named, aggregates for us no more,
-and those whom we tell so check it themselves.
+Whole blobs cost (g - 1) times a contribution's bytes; a butterfly all-reduce needs 2 (g - 1) / g of it. A member pulls
+a segment of everybody's blob, aggregates it, encodes what comes out with the run's codec and gives that to whoever
+asks, while the next segment comes: both ways of its line are busy all the time. Pull-only and leaderless: who
+aggregates what follows from the commits, a segment that nobody gives in time is pulled raw by whoever needs it, and
+the same contributions give the same bytes whoever aggregates them. So any member can check any segment. Members check
+segments drawn at random; who lied is named, aggregates for us no more, and those whom we tell so check it themselves.
 
 Clipping and robust rules see one segment at a time: tensors are cut where segments end.
 """
@@ -14,34 +14,42 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 from blake3 import blake3
 
 from potluck.dht.records import Commit
-from potluck.errors import CodecError, PotluckError, ProtocolError, RpcRemoteError
+from potluck.errors import CodecError, PotluckError, RpcRemoteError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.host import PeerId
 from potluck.swarm.aggregate import aggregate, token_weights
 from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
-from potluck.swarm.contribution import Contribution
+from potluck.swarm.contribution import Contribution, Quantized
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.ownership import MARK_BYTES, owned_by
 from potluck.swarm.phases import Round
 from potluck.swarm.pull import Puller, View
 from potluck.swarm.recycled import Recycled
 from potluck.swarm.slice_board import NothingTold
-from potluck.swarm.slices import MAX_ACCUSED, Accusation, Aggregated, agrees, assign
+from potluck.swarm.slices import MAX_ACCUSED, Accusation, Aggregated, assign, members_in
 
 #: Shares of the time to pull: until then members' raw segments are waited for, and until then what others aggregated.
-RAW_SHARE: Final = 0.45
-TOLD_SHARE: Final = 0.75
+RAW_SHARE: Final = 0.6
+TOLD_SHARE: Final = 0.8
 #: Who has not begun to aggregate is asked again after this.
 ASK_AGAIN_SECONDS: Final = 0.1
+#: Segments asked of one member at once.
+WINDOW: Final = 4
 #: Rounds whose words are kept, so that an accusation can be looked into.
 KEPT_ROUNDS: Final = 3
+#: Of an exchange's bytes, what checks may cost on the average.
+CHECK_SHARE: Final = 1 / 8
+
+#: What is done with a segment's contributions, once nobody's is waited for any more.
+Then = Callable[[int, Mapping[PeerId, Contribution]], Coroutine[Any, Any, object]]
 
 
 @dataclass
@@ -51,13 +59,15 @@ class _Round:
     number: Round
     commits: Mapping[PeerId, Commit]
     owners: Sequence[PeerId]
-    #: Zero where nobody gave a segment.
     update: Flat
-    told: dict[PeerId, Aggregated] = field(default_factory=dict)
     #: Segments that are in `update`.
     filled: set[int] = field(default_factory=set)
-    #: Of segments that others aggregated, as they came.
-    digests: dict[int, bytes] = field(default_factory=dict)
+    #: Of segments that others aggregated, as they came: whose contributions are in them, and a digest.
+    told: dict[int, tuple[frozenset[PeerId], bytes]] = field(default_factory=dict)
+    #: By whom.
+    accused: dict[PeerId, tuple[Accusation, ...]] = field(default_factory=dict)
+    #: Who failed to give a segment that it should have aggregated.
+    failed: set[PeerId] = field(default_factory=set)
     members: set[PeerId] = field(default_factory=set)
 
     def of(self, peer: PeerId) -> list[int]:
@@ -82,6 +92,7 @@ class SlicedPuller(Puller):
         width, size = self._dense.segment_values, self._layout.size
         self._ranges = [slice(at, min(size, at + width)) for at in range(0, size, width)]
         self._layouts = [self._layout.cut(part.start, part.stop) for part in self._ranges]
+        self._scratch = Recycled(width)
 
     async def pull(
         self,
@@ -105,26 +116,33 @@ class SlicedPuller(Puller):
         if not commits:
             return False
         owners = await self._in_thread(assign, len(self._ranges), commits, round_)
-        one = _Round(round_, commits, owners, self._vectors.zeros())
-        mine, checked = one.of(self._peer), self._draw(len(self._ranges))
+        one = _Round(round_, commits, owners, self._vectors.any())
         async with asyncio.TaskGroup() as group:
-            if mine:
-                group.create_task(self._aggregate_mine(one, mine, raw_by, view))
+            aggregating = group.create_task(self._aggregate_mine(one, raw_by, view))
             for peer in set(one.owners) - self.distrusted - {self._peer}:
                 group.create_task(self._take(one, peer, told_by, late))
-            evidence = group.create_task(self._raw([checked], commits if checked not in mine else {}, told_by))
+            evidence = group.create_task(self._evidence(one, aggregating, told_by))
             if drift:
                 for peer in commits.keys() - {self._peer}:
                     group.create_task(self._pull_fragment(peer, commits[peer], tuple(commits), pull_by, view))
-        await self._check(one, checked, evidence.result())
-        for accusation in dict.fromkeys(each for told in one.told.values() for each in told.accused):
+        for segment, raw in evidence.result().items():
+            await self._check(one, segment, raw)
+        for accusation in dict.fromkeys(each for accused in one.accused.values() for each in accused):
             await self._look_into(accusation, one, pull_by)
-        if missing := [segment for segment in range(len(self._ranges)) if segment not in one.filled]:
+        if missing := self._missing(one):
             self._emit("swarm.slices.raw", round=round_, segments=len(missing), of=len(self._ranges))
-            await self._aggregate(one, missing, await self._raw(missing, commits, pull_by, view))
+            await self._raw(missing, commits, pull_by, partial(self._aggregate, one), view)
+        for segment in self._missing(one):
+            one.update[self._ranges[segment]] = 0.0
         view.update, view.aggregated = one.update, one.members
         self._past.append(replace(one, update=Layout(()).zeros(), filled=set()))
         return True
+
+    async def chase(self, view: View, until: float, came: Callable[[PeerId], None]) -> None:
+        """Nobody catches up by whole contributions."""
+
+    def _missing(self, one: _Round) -> list[int]:
+        return [segment for segment in range(len(self._ranges)) if segment not in one.filled]
 
     async def _genuine(self, view: View, until: float) -> dict[PeerId, Commit]:
         """The commits whose blobs can be theirs. The mark lies at a blob's end, and is looked at only where two commit
@@ -138,8 +156,10 @@ class SlicedPuller(Puller):
                     raise CodecError(f"a contribution of {commit.size} bytes, expected {size}")
                 if times[commit.blob] > 1:
                     last = {(size - MARK_BYTES) // SEGMENT_BYTES, (size - 1) // SEGMENT_BYTES}
-                    data = await self._chunks(peer, commit, sorted(last), until)
-                    owned_by(data, peer, self._module, Round(commit.round))
+                    data: dict[int, memoryview] = {}
+                    await self._chunks(peer, commit, sorted(last), until, data.__setitem__)
+                    tail = b"".join(data[index] for index in sorted(data))
+                    owned_by(tail, peer, self._module, Round(commit.round))
                 genuine[peer] = commit
             except PotluckError as error:
                 view.missing[peer] = f"{type(error).__name__}: {error}"
@@ -147,135 +167,194 @@ class SlicedPuller(Puller):
 
     # ---- aggregating ----------------------------------------------------------------------------------------
 
-    async def _aggregate_mine(self, one: _Round, segments: Sequence[int], until: float, view: View) -> None:
-        self._exchange.begin_slices(self._module, one.number)
-        told, blob = None, b""
-        try:
-            parts = await self._raw(segments, one.commits, until, view)
+    async def _aggregate_mine(self, one: _Round, until: float, view: View) -> None:
+        mine = one.of(self._peer)
+
+        async def aggregate_and_tell(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
             if parts:
-                encoded = await self._aggregate(one, segments, parts)
-                blob = b"".join([*(each.ljust(SEGMENT_BYTES, b"\0") for each in encoded[:-1]), encoded[-1]])
-                members = {str(peer): one.commits[peer].blob for peer in sorted(parts)}
-                told = Aggregated("0" * 64, len(blob), tuple(segments), members, tuple(self._accusations))
+                data = await self._aggregate(one, segment, parts)
+                told = Aggregated.of((one.commits[peer].blob for peer in parts), self._accusations)
+                self._exchange.tell_slice(self._module, one.number, segment, told, data)
+
+        self._exchange.begin_slices(self._module, one.number, mine)
+        try:
+            await self._raw(mine, one.commits, until, aggregate_and_tell, view)
         finally:
-            await self._exchange.tell_slices(self._module, one.number, told, blob)
+            self._exchange.end_slices(self._module, one.number)
 
     async def _raw(
-        self, segments: Sequence[int], commits: Mapping[PeerId, Commit], until: float, view: View | None = None
-    ) -> dict[PeerId, list[Contribution]]:
-        """Members' own segments, of those who give all of them in time. `view` hears of the others."""
-        parts: dict[PeerId, list[Contribution]] = {}
+        self,
+        segments: Sequence[int],
+        commits: Mapping[PeerId, Commit],
+        until: float,
+        then: Then,
+        view: View | None = None,
+    ) -> None:
+        """Pull members' own segments. `then` has each as soon as it came from all who give it in time; `view` hears
+        of those who do not."""
+        parts: dict[int, dict[PeerId, Contribution]] = {segment: {} for segment in segments}
+        awaited = {segment: set(commits) for segment in segments}
+
+        def settle(segment: int, peer: PeerId) -> None:
+            if peer in awaited[segment]:
+                awaited[segment].remove(peer)
+                if not awaited[segment]:
+                    group.create_task(then(segment, dict(sorted(parts.pop(segment).items()))))
+
+        def failed(peer: PeerId, error: PotluckError) -> None:
+            if view is not None:
+                view.missing[peer] = f"{type(error).__name__}: {error}"
 
         async def get(peer: PeerId, commit: Commit) -> None:
+            def came(segment: int, data: memoryview) -> None:
+                try:
+                    parts[segment][peer] = self._decoded(data, segment)
+                except CodecError as error:
+                    failed(peer, error)
+                settle(segment, peer)
+
             try:
-                data = await self._chunks(peer, commit, segments, until)
-                parts[peer] = await self._in_thread(
-                    lambda: [self._decoded(data, segment, segment) for segment in segments]
-                )
+                await self._chunks(peer, commit, segments, until, came)
             except PotluckError as error:
-                if view is not None:
-                    view.missing[peer] = f"{type(error).__name__}: {error}"
+                failed(peer, error)
+            for segment in segments:
+                settle(segment, peer)
 
         async with asyncio.TaskGroup() as group:
             for peer, commit in commits.items():
                 group.create_task(get(peer, commit))
-        return parts
 
-    async def _aggregate(
-        self, one: _Round, segments: Sequence[int], parts: Mapping[PeerId, Sequence[Contribution]]
-    ) -> list[bytes]:
-        """Put segments into the update; as they are told to others."""
+    async def _aggregate(self, one: _Round, segment: int, parts: Mapping[PeerId, Contribution]) -> bytes:
+        """Put a segment into the update; as it is told to others."""
 
-        def one_after_another() -> list[bytes]:
-            encoded = []
-            for place, segment in enumerate(segments):
-                encoded.append(self._aggregated(one, segment, {peer: parts[peer][place] for peer in parts}))
-                self._fill(one, segment, encoded[-1])
+        def work() -> bytes:
+            encoded = self._aggregated(one, segment, parts)
+            self._fill(one, segment, encoded)
             return encoded
 
-        told: list[bytes] = await self._in_thread(one_after_another)
+        if not parts:
+            return b""
+        encoded: bytes = await self._in_thread(work)
         one.members |= parts.keys()
-        return told
+        return encoded
 
     def _aggregated(self, one: _Round, segment: int, contributions: Mapping[PeerId, Contribution]) -> bytes:
         rules, weights = self._rules, token_weights({peer: one.commits[peer].tokens for peer in contributions})
         layout = self._layouts[segment]
-        update = aggregate(contributions, weights, layout, clip=rules.clip, rule=rules.rule, liars=rules.liars)
+        update = aggregate(
+            contributions,
+            weights,
+            layout,
+            clip=rules.clip,
+            rule=rules.rule,
+            liars=rules.liars,
+            out=self._scratch.zeros()[: layout.size],
+        )
         return self._dense.encode_segment(update)
 
-    async def _chunks(self, peer: PeerId, commit: Commit, indexes: Sequence[int], until: float) -> memoryview:
-        ref, left = BlobRef(BlobId(commit.blob), commit.size), max(0.05, until - self._now())
-        return await self._exchange.fetch_chunks(ref, peer, indexes, ref.size, left)
+    async def _chunks(
+        self,
+        peer: PeerId,
+        commit: Commit,
+        indexes: Sequence[int],
+        until: float,
+        on_chunk: Callable[[int, memoryview], None],
+    ) -> None:
+        if indexes:
+            ref, left = BlobRef(BlobId(commit.blob), commit.size), max(0.05, until - self._now())
+            await self._exchange.fetch_chunks(ref, peer, indexes, left, on_chunk)
 
-    def _decoded(self, data: memoryview, chunk: int, segment: int) -> Contribution:
-        return self._dense.decode_segment(self._cut(data, chunk, segment), self._layouts[segment].size)
-
-    def _cut(self, data: memoryview, chunk: int, segment: int) -> memoryview:
-        start = chunk * SEGMENT_BYTES
-        return data[start : start + self._dense.segment_bytes(self._layouts[segment].size)]
+    def _decoded(self, data: bytes | memoryview, segment: int) -> Contribution:
+        """`data`: of the segment, and what may lie behind it in its chunk."""
+        values = self._layouts[segment].size
+        return self._dense.decode_segment(memoryview(data)[: self._dense.segment_bytes(values)], values)
 
     def _fill(self, one: _Round, segment: int, data: bytes | memoryview) -> None:
-        size = self._layouts[segment].size
-        self._dense.decode_segment(data, size).add_to(one.update[self._ranges[segment]], slice(0, size), 1.0)
+        decoded, part = self._decoded(data, segment), one.update[self._ranges[segment]]
+        if isinstance(decoded, Quantized):
+            decoded.read(part)
+        else:
+            part[:] = decoded.values
         one.filled.add(segment)
-
-    def _fill_in(self, one: _Round, wanted: Mapping[int, int], data: memoryview) -> None:
-        """`wanted`: which chunk of `data` each segment is."""
-        for segment, chunk in wanted.items():
-            encoded = self._cut(data, chunk, segment)
-            self._fill(one, segment, encoded)
-            one.digests[segment] = blake3(encoded).digest()
 
     # ---- what others aggregated -----------------------------------------------------------------------------
 
-    def _drop(self, one: _Round, peer: PeerId) -> None:
-        for segment in one.filled.intersection(one.of(peer)):
-            one.filled.remove(segment)
-            one.update[self._ranges[segment]] = 0.0
-
     async def _take(self, one: _Round, peer: PeerId, until: float, late: bool) -> None:
-        """The segments that `peer` has aggregated for all. What does not come, or is no good, is pulled raw later."""
-        try:
-            told = await self._told(peer, one.number, until, late)
-            if not agrees(told, {each: commit.blob for each, commit in one.commits.items()}):
-                raise ProtocolError("aggregated other contributions than were committed to, or less than half of them")
-            share = set(one.of(peer))
-            wanted = {segment: place for place, segment in enumerate(told.segments) if segment in share}
-            ref, most = BlobRef(BlobId(told.blob), told.size), SEGMENT_BYTES * len(told.segments)
-            left = max(0.05, until - self._now())
-            data = await self._exchange.fetch_chunks(ref, peer, list(wanted.values()), most, left)
-            await self._in_thread(self._fill_in, one, wanted, data)
-            one.told[peer] = told
-            one.members |= {PeerId(each) for each in told.members}
-        except PotluckError as error:
-            self._drop(one, peer)
-            self._emit("swarm.slices.failed", round=one.number, peer=peer, error=f"{type(error).__name__}: {error}")
+        """The segments that `peer` aggregates for all. What does not come, or is no good, is pulled raw later."""
+        blobs = {each: commit.blob for each, commit in one.commits.items()}
+        window = asyncio.Semaphore(WINDOW)
 
-    async def _told(self, peer: PeerId, round_: Round, until: float, late: bool) -> Aggregated:
+        async def take(segment: int) -> None:
+            async with window:
+                try:
+                    told, data = await self._told(one, peer, segment, until, late)
+                    members = members_in(told, blobs)
+                    digest = await self._in_thread(self._fill_and_hash, one, segment, data)
+                except PotluckError as error:
+                    if peer not in one.failed:
+                        what = f"{type(error).__name__}: {error}"
+                        self._emit("swarm.slices.failed", round=one.number, peer=peer, segment=segment, error=what)
+                    one.failed.add(peer)
+                    return
+            one.told[segment] = members, digest
+            one.accused[peer] = told.accused
+            one.members |= members
+
+        async with asyncio.TaskGroup() as group:
+            for segment in one.of(peer):
+                group.create_task(take(segment))
+
+    async def _told(
+        self, one: _Round, peer: PeerId, segment: int, until: float, late: bool
+    ) -> tuple[Aggregated, memoryview]:
         """Asked again while `peer` may not have begun: views of the clock differ."""
+        size = self._dense.segment_bytes(self._layouts[segment].size)
         while True:
+            left = max(0.05, until - self._now())
             try:
-                return await self._exchange.told_slices(peer, self._module, round_, max(0.05, until - self._now()))
+                return await self._exchange.told_slice(peer, self._module, one.number, segment, size, left)
             except RpcRemoteError as error:
                 if late or error.kind != NothingTold.__name__ or self._now() + ASK_AGAIN_SECONDS >= until:
                     raise
                 await asyncio.sleep(ASK_AGAIN_SECONDS)
 
-    async def _check(self, one: _Round, segment: int, raw: Mapping[PeerId, Sequence[Contribution]]) -> None:
-        """Whether a segment is what `raw`, its first column, gives. If not, all that its aggregator said is dropped."""
+    def _fill_and_hash(self, one: _Round, segment: int, data: memoryview) -> bytes:
+        self._fill(one, segment, data)
+        return blake3(data).digest()
+
+    # ---- checking others ------------------------------------------------------------------------------------
+
+    async def _evidence(
+        self, one: _Round, aggregating: asyncio.Task[None], until: float
+    ) -> dict[int, Mapping[PeerId, Contribution]]:
+        """Members' own of a segment drawn at random, if it is one that somebody else aggregates. Pulled behind those
+        that others wait for."""
+        found: dict[int, Mapping[PeerId, Contribution]] = {}
+
+        async def keep(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
+            found[segment] = parts
+
+        # A check costs g - 1 segments; the exchange of n costs 2 n (g - 1) / g.
+        segments, share = len(one.owners), CHECK_SHARE * 2 * len(one.owners) / len(one.commits)
+        drawn = self._draw(max(segments, round(segments / share)))
+        if drawn < segments and one.owners[drawn] != self._peer:
+            await asyncio.wait([aggregating])
+            await self._raw([drawn], one.commits, until, keep)
+        return found
+
+    async def _check(self, one: _Round, segment: int, raw: Mapping[PeerId, Contribution]) -> None:
+        """Whether a segment is what `raw` gives. If not, all that its aggregator said is dropped."""
+        members, digest = one.told.get(segment, (frozenset(), b""))
+        if not members or not members <= raw.keys():
+            return
+        right = await self._in_thread(self._aggregated, one, segment, {peer: raw[peer] for peer in members})
+        if blake3(right).digest() == digest:
+            return
         owner = one.owners[segment]
-        told = one.told.get(owner)
-        if told is None or not told.members.keys() <= raw.keys() or segment not in one.digests:
-            return
-        right = await self._in_thread(
-            self._aggregated, one, segment, {PeerId(peer): raw[PeerId(peer)][0] for peer in told.members}
-        )
-        if blake3(right).digest() == one.digests[segment]:
-            return
         self._emit("swarm.slices.lied", round=one.number, peer=owner, segment=segment)
         self.distrusted.add(owner)
         self._accusations.append(Accusation(owner, one.number, segment))
-        self._drop(one, owner)
+        one.filled.difference_update(one.of(owner))
 
     async def _look_into(self, accusation: Accusation, now: _Round, until: float) -> None:
         """Others' word is not believed: the segment is computed here."""
@@ -283,8 +362,12 @@ class SlicedPuller(Puller):
         one = next((past for past in (*self._past, now) if past.number == accusation.round), None)
         if accusation in self._looked_into or accused in self.distrusted or one is None:
             return
-        if not (accusation.segment < len(self._ranges) and one.owners[accusation.segment] == accused in one.told):
+        told = one.told.get(accusation.segment)
+        if told is None or one.owners[accusation.segment] != accused:
             return
         self._looked_into.append(accusation)
-        members = {PeerId(peer): one.commits[PeerId(peer)] for peer in one.told[accused].members}
-        await self._check(one, accusation.segment, await self._raw([accusation.segment], members, until))
+
+        async def check(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
+            await self._check(one, segment, parts)
+
+        await self._raw([accusation.segment], {peer: one.commits[peer] for peer in told[0]}, until, check)

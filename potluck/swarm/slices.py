@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping
-from typing import Annotated, Final
+from collections.abc import Collection, Iterable, Mapping
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -21,8 +21,9 @@ from potluck.swarm.phases import Round
 MAX_SEGMENTS: Final = 1 << 18
 MAX_MEMBERS: Final = 1024
 MAX_ACCUSED: Final = 4
+#: Of a blob's id.
+ID_BYTES: Final = 32
 
-BlobText = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 PeerText = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Number = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SEGMENTS)]
 
@@ -36,33 +37,38 @@ class Accusation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Aggregated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A member's word about the segments that it aggregated: the n-th of `segments` is chunk n of blob `blob`.
+    """A member's word about a segment that it aggregated.
 
-    `members`: whose contributions are in them, and the blobs that these lie in. `accused`: what others should check.
+    `blobs`: ids of the contributions that are in it, 32 bytes each, ascending. `accused`: what others should check.
     """
 
-    blob: BlobText
-    size: Annotated[int, msgspec.Meta(ge=0, lt=2**40)]
-    segments: Annotated[tuple[Number, ...], msgspec.Meta(max_length=MAX_SEGMENTS)]
-    members: Annotated[dict[PeerText, BlobText], msgspec.Meta(max_length=MAX_MEMBERS)]
+    blobs: Annotated[bytes, msgspec.Meta(max_length=ID_BYTES * MAX_MEMBERS)]
     accused: Annotated[tuple[Accusation, ...], msgspec.Meta(max_length=MAX_ACCUSED)] = ()
 
-    def encode(self) -> bytes:
-        return msgspec.msgpack.encode(self)
+    @classmethod
+    def of(cls, blobs: Iterable[str], accused: Iterable[Accusation]) -> Aggregated:
+        return cls(b"".join(map(bytes.fromhex, sorted(blobs))), tuple(accused))
+
+    def head(self) -> dict[str, Any]:
+        """As it goes over the wire."""
+        head: dict[str, Any] = msgspec.to_builtins(self, builtin_types=(bytes,))
+        return head
 
 
-_decoder = msgspec.msgpack.Decoder(Aggregated)
-
-
-def parse_aggregated(data: bytes | memoryview) -> Aggregated:
+def parse_aggregated(head: Mapping[str, Any]) -> Aggregated:
     """Raises ProtocolError."""
     try:
-        told = _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"no word about aggregated segments: {error}") from None
-    if list(told.segments) != sorted(set(told.segments)):
-        raise ProtocolError("aggregated segments that are not ascending")
+        told = msgspec.convert(head, Aggregated)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"no word about an aggregated segment: {error}") from None
+    names = _names(told)
+    if names != sorted(set(names)) or len(told.blobs) % ID_BYTES:
+        raise ProtocolError("contributions that are not ascending")
     return told
+
+
+def _names(told: Aggregated) -> list[str]:
+    return [told.blobs[at : at + ID_BYTES].hex() for at in range(0, len(told.blobs), ID_BYTES)]
 
 
 def assign(segments: int, members: Collection[PeerId], round_: Round) -> list[PeerId]:
@@ -79,7 +85,14 @@ def assign(segments: int, members: Collection[PeerId], round_: Round) -> list[Pe
     return owners
 
 
-def agrees(told: Aggregated, commits: Mapping[PeerId, str]) -> bool:
-    """Whether only contributions are in it that were committed to, and those of most. `commits`: blob by peer."""
-    known = all(commits.get(PeerId(peer)) == blob for peer, blob in told.members.items())
-    return known and 2 * len(told.members) > len(commits)
+def members_in(told: Aggregated, commits: Mapping[PeerId, str]) -> frozenset[PeerId]:
+    """Whose contributions are in a segment. `commits`: blob by peer. Raises ProtocolError unless all of them were
+    committed to, and they are more than half of those that were."""
+    owners = {blob: peer for peer, blob in commits.items()}
+    try:
+        members = frozenset(owners[name] for name in _names(told))
+    except KeyError:
+        raise ProtocolError("aggregated what nobody has committed to") from None
+    if 2 * len(members) <= len(commits):
+        raise ProtocolError(f"aggregated {len(members)} contributions of {len(commits)}")
+    return members

@@ -6,6 +6,9 @@ An input is a codec, a layout and a blob. Mutations begin with real blobs, and m
 trailer, so that they get past the first check. Each must raise CodecError, or give a well-formed contribution that can
 be aggregated, without taking more memory than the module's size accounts for. Another exception, a minute of one
 input or a gigabyte of memory ends the run with status 1 and the input. The last line says how many inputs there were.
+
+Compiled code (`potluck/swarm/compiled.py`) is compiled anew with its bounds checked: an index out of range is an
+exception here, and not silent.
 """
 
 from __future__ import annotations
@@ -17,13 +20,36 @@ import re
 import sys
 import tempfile
 import tracemalloc
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
 
-import atheris
-import numpy as np
-import torch
+CACHE = tempfile.TemporaryDirectory()
+os.environ |= {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": CACHE.name}
 
-from potluck.net import blobs
+import atheris  # noqa: E402
+import numba  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from potluck.net import blobs  # noqa: E402
+
+
+def as_written(kernel: FunctionType) -> FunctionType:
+    """Without atheris' instructions, which numba cannot compile."""
+    path = kernel.__code__.co_filename
+    module = compile(Path(path).read_text(), path, "exec")
+    found = (each for each in module.co_consts if isinstance(each, CodeType) and each.co_name == kernel.__name__)
+    return FunctionType(next(found), kernel.__globals__)
+
+
+def njit(*arguments: Any, njit: Callable[..., Any] = numba.njit, **options: Any) -> Callable[[FunctionType], Any]:
+    return lambda kernel: njit(*arguments, **options)(as_written(kernel))
+
+
+numba.njit = njit
 
 # Segments so small that a few hundred bytes have several, with padding.
 blobs.CHUNK_BYTES = 256
@@ -35,6 +61,7 @@ with atheris.instrument_imports(include=["potluck.swarm"]):
     from potluck.swarm.codecs.frame import MAX_MAGNITUDE, TRAILER_BYTES, trailer
     from potluck.swarm.codecs.segments import DenseCodec
     from potluck.swarm.contribution import Contribution, Sparse
+    from potluck.swarm.exact import _add_squares
     from potluck.swarm.layout import Layout
 
     for each in CODEC_NAMES:
@@ -131,6 +158,9 @@ def check(found: Contribution, layout: Layout) -> None:
 def fuzz(codec: str, inputs: int, folder: Path) -> None:
     """Does not return: libFuzzer ends the process."""
     torch.set_num_threads(1)
+    with suppress(IndexError):
+        _add_squares(np.zeros(1), np.zeros(2, dtype=np.float32), 2)
+        sys.exit("compiled code does not check its bounds")
     target = Target(codec)
     for number, seed in enumerate(target.seeds()):
         (folder / f"seed-{number}").write_bytes(seed)

@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-
 from potluck.dht.records import Commit, Replica, Signed
 from potluck.errors import BlobUnavailable, DiskFull, RpcRemoteError, RpcTimeout
-from potluck.net.blobs import BlobRef, ChunkList
+from potluck.net.blobs import CHUNK_BYTES, BlobRef, ChunkList
 from potluck.net.host import PeerId
+from potluck.net.wire import Buffer
+from potluck.swarm.exchange import OnChunk
 from potluck.swarm.phases import Round
 from potluck.swarm.slices import Aggregated
 from potluck.swarm.state import ReplicaState
+
+Told = tuple[Aggregated, bytes]
 
 
 @dataclass
@@ -41,7 +43,7 @@ class World:
     own: dict[tuple[str, int, int], dict[PeerId, Signed[Commit]]] = field(default_factory=dict)
     announced: dict[str, dict[PeerId, Signed[Replica]]] = field(default_factory=dict)
     blobs: dict[str, dict[PeerId, tuple[bytes, float]]] = field(default_factory=dict)
-    told: dict[tuple[str, int, PeerId], asyncio.Future[Aggregated | None]] = field(default_factory=dict)
+    told: dict[tuple[str, int, PeerId, int], asyncio.Future[Told | None]] = field(default_factory=dict)
     received: Counter[PeerId] = field(default_factory=Counter)
     faults: dict[PeerId, Faults] = field(default_factory=dict)
 
@@ -53,7 +55,8 @@ class FakeExchange:
     """Implements `swarm.exchange.Exchange` for one peer of a `World`."""
 
     def __init__(self, world: World, peer: PeerId) -> None:
-        self.world, self.peer = world, peer
+        self.world, self.peer, self.chunk_bytes = world, peer, CHUNK_BYTES
+        self._aggregates: Sequence[int] = ()
 
     @property
     def faults(self) -> Faults:
@@ -80,10 +83,10 @@ class FakeExchange:
         await asyncio.sleep(self.faults.latency_seconds)
         return [] if self.faults.blind or self.faults.down else list(self.world.announced.get(module, {}).values())
 
-    async def offer(self, blob: bytes, reveal_at: float) -> BlobRef:
+    async def offer(self, buffers: Sequence[Buffer], reveal_at: float) -> BlobRef:
         if self.faults.disk_full:
             raise DiskFull("the disk is full")
-        served = blob if self.faults.garbage is None else self.faults.garbage
+        served = b"".join(buffers) if self.faults.garbage is None else self.faults.garbage
         ref = ChunkList.of([served]).ref
         self.world.blobs.setdefault(ref.id, {}).setdefault(self.peer, (served, reveal_at))  # as the real store
         return ref
@@ -109,41 +112,48 @@ class FakeExchange:
         return memoryview(blob)
 
     async def fetch_chunks(
-        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], max_bytes: int, timeout_seconds: float
-    ) -> memoryview:
+        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], timeout_seconds: float, on_chunk: OnChunk
+    ) -> None:
         if holder == self.peer:
-            return memoryview(self.world.blobs[ref.id][holder][0])
-        blob, _ = await self._get(ref, [holder], timeout_seconds)
-        self.world.received[self.peer] += len(indexes)
-        return memoryview(blob)
+            blob = self.world.blobs[ref.id][holder][0]
+        else:
+            blob, _ = await self._get(ref, [holder], timeout_seconds)
+            self.world.received[self.peer] += len(indexes)
+        for index in indexes:
+            on_chunk(index, memoryview(blob)[index * self.chunk_bytes : (index + 1) * self.chunk_bytes])
 
-    def _telling(self, peer: PeerId, module: str, round_: Round) -> asyncio.Future[Aggregated | None]:
-        return self.world.told.setdefault((module, round_, peer), asyncio.get_running_loop().create_future())
+    def _telling(self, peer: PeerId, module: str, round_: Round, segment: int) -> asyncio.Future[Told | None]:
+        return self.world.told.setdefault((module, round_, peer, segment), asyncio.get_running_loop().create_future())
 
-    def begin_slices(self, module: str, round_: Round) -> None:
-        self._telling(self.peer, module, round_)
+    def begin_slices(self, module: str, round_: Round, segments: Sequence[int]) -> None:
+        for segment in segments:
+            self._telling(self.peer, module, round_, segment)
+        self._aggregates = segments
 
-    async def tell_slices(self, module: str, round_: Round, told: Aggregated | None, blob: bytes) -> None:
-        if self.faults.mute:
-            return
-        if told is not None:
-            served = self.faults.lie(blob) if self.faults.lie else blob
-            ref = await self.offer(served, 0.0)
-            told = msgspec.structs.replace(told, blob=ref.id, size=ref.size)
-        telling = self._telling(self.peer, module, round_)
-        if not telling.done():
-            telling.set_result(told)
+    def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: bytes) -> None:
+        if not self.faults.mute:
+            served = self.faults.lie(data) if self.faults.lie else data
+            self._telling(self.peer, module, round_, segment).set_result((told, served))
 
-    async def told_slices(self, peer: PeerId, module: str, round_: Round, timeout_seconds: float) -> Aggregated:
+    def end_slices(self, module: str, round_: Round) -> None:
+        for segment in [] if self.faults.mute else self._aggregates:
+            telling = self._telling(self.peer, module, round_, segment)
+            if not telling.done():
+                telling.set_result(None)
+
+    async def told_slice(
+        self, peer: PeerId, module: str, round_: Round, segment: int, size: int, timeout_seconds: float
+    ) -> tuple[Aggregated, memoryview]:
         try:
             async with asyncio.timeout(timeout_seconds):
                 await asyncio.sleep(self.faults.latency_seconds)
-                told = await asyncio.shield(self._telling(peer, module, round_))
+                told = await asyncio.shield(self._telling(peer, module, round_, segment))
         except TimeoutError:
             raise RpcTimeout("no answer before the deadline") from None
         if told is None:
             raise RpcRemoteError("NothingTold", "nothing was aggregated")
-        return told
+        self.world.received[self.peer] += 1
+        return told[0], memoryview(told[1])
 
     async def fetch_state(
         self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float

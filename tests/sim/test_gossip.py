@@ -202,6 +202,25 @@ def test_one_that_missed_a_blob_shows_in_the_digests_and_is_identical_again_a_ro
     simulate(body)
 
 
+def test_the_next_round_tells_who_was_late_from_who_is_gone() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(4)]
+        await swarm.until(41.0)
+        for other in peers[:3]:
+            swarm.world.of(other).hides_from = {peers[3]}
+        pull_by = RULES.clock.window(Round(4)).pull_by
+        await swarm.until(pull_by - 0.005)
+        for other in peers[1:3]:
+            swarm.world.of(other).hides_from = set()
+        await swarm.until(75.0)
+        assert swarm.applied(peers[3])[4]["missing"].keys() == set(peers[:3])
+        late = swarm.applied(peers[3])[5]["late"]
+        assert late.keys() == set(peers[1:3]) and all(0 < seconds < 1 for seconds in late.values())
+        assert swarm.applied(peers[3])[6]["late"].keys() <= {peers[0]}
+
+    simulate(body)
+
+
 @pytest.mark.parametrize("garbage", [b"", b"x", b"\x00" * 700, b"\xff" * 2000 + b"PLC3"])
 def test_garbage_is_left_out_and_named(garbage: bytes) -> None:
     async def body(swarm: Swarm) -> None:

@@ -17,10 +17,13 @@ from potluck.net.host import PeerId
 from potluck.swarm import sliced
 from potluck.swarm.codecs import int8, none, segments
 from potluck.swarm.codecs.none import NoneCodec
+from potluck.swarm.slices import Accusation
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from test_gossip import LAYOUT, RULES, Swarm
+
+import fake_exchange
 
 RAW = replace(RULES, clip=False)
 #: Of the tests' layout, 647 values: six segments of `none`, three of `int8`.
@@ -31,6 +34,8 @@ SMALL = 512
 def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (segments, none, int8, sliced):
         monkeypatch.setattr(module, "SEGMENT_BYTES", SMALL)
+    monkeypatch.setattr(fake_exchange, "CHUNK_BYTES", SMALL)
+    monkeypatch.setattr(sliced, "CHECK_SHARE", 1.0)
     monkeypatch.setattr(NoneCodec, "segment_values", SMALL // 4)
 
 
@@ -122,7 +127,7 @@ def test_an_honest_one_is_never_named_and_a_false_accusation_harms_nobody() -> N
         peers = [swarm.start(number) for number in range(4)]
         await swarm.until(15.0)
         puller: Any = swarm.replicas[peers[0]]._puller
-        puller._accusations.append(sliced.Accusation(peers[1], 0, 0))
+        puller._accusations.append(Accusation(peers[1], 0, 0))
         await swarm.until(55.0)
         for peer in peers:
             assert not any(event["event"] == "swarm.slices.lied" for event in swarm.events[peer])

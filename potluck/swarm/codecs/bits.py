@@ -45,12 +45,6 @@ def unpack_planes(packed: Bytes, count: int, bits: int) -> npt.NDArray[np.unsign
     return values
 
 
-def unpack_bits(packed: Bytes, count: int) -> Bytes:
-    """The first `count` bits as zeros and ones. Raises CodecError if one of the padding is set."""
-    check_padding(packed, count)
-    return np.unpackbits(packed, count=count)
-
-
 def check_padding(packed: Bytes, count: int) -> None:
     """Raises CodecError if the last byte has a bit set after the first `count` of all."""
     if count % 8 and int(packed[-1]) & (0xFF >> count % 8):

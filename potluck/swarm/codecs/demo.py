@@ -24,8 +24,6 @@ from functools import cache
 from typing import Final
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from potluck.swarm.codecs.sparse import Chunks, SparseCodec
 from potluck.swarm.layout import Flat, Layout, Slot
@@ -99,37 +97,42 @@ class DemoCodec(SparseCodec):
 
 def coefficients_of(delta: Flat, layout: Layout) -> Flat:
     """DCT-II of each block, in float32. What is sent is decided by one peer: others need not find the same bits."""
-    out, source = layout.empty(), torch.from_numpy(delta)
-    target = torch.from_numpy(out)
+    out = layout.empty()
     for slot in layout.slots:
         grid = Grid.of(slot.shape)
-        down, across = (_basis(side).float() / 2**BASIS_BITS for side in (grid.height, grid.width))
-        blocks = target[slot.range].view(grid.rows, grid.columns, grid.height, grid.width)
-        rows = source[slot.range].view(grid.rows, grid.height, grid.columns * grid.width)
+        down, across = ((_basis(side) / 2**BASIS_BITS).astype(np.float32) for side in (grid.height, grid.width))
+        blocks = out[slot.range].reshape(grid.rows, grid.columns, grid.height, grid.width)
+        rows = delta[slot.range].reshape(grid.rows, grid.height, grid.columns, grid.width).transpose(0, 2, 1, 3)
         for band in grid.bands():
-            half = rows[band] if grid.height == 1 else torch.matmul(down, rows[band])
-            half = half.view(-1, grid.height, grid.columns, grid.width).transpose(1, 2)
-            blocks[band] = torch.matmul(half, across.T)
+            half = rows[band] if grid.height == 1 else np.matmul(down, rows[band])
+            blocks[band] = _times(half, across.T)
     return out
 
 
 def parameters_of(coefficients: Flat, layout: Layout) -> Flat:
     """Inverse of `coefficients_of`, to 2^-22 of a tensor's largest coefficient; exact integers, so equal bits."""
-    out, source = layout.empty(), torch.from_numpy(coefficients)
-    target = torch.from_numpy(out)
+    out = layout.empty()
     for slot in layout.slots:
         grid = Grid.of(slot.shape)
         down, across = _basis(grid.height), _basis(grid.width)
-        blocks = source[slot.range].view(grid.rows, grid.columns, grid.height, grid.width)
-        rows = target[slot.range].view(grid.rows, grid.height, grid.columns, grid.width)
-        exponent = COEFFICIENT_BITS - math.frexp(float(source[slot.range].abs().max()))[1]
+        blocks = coefficients[slot.range].reshape(grid.rows, grid.columns, grid.height, grid.width)
+        rows = out[slot.range].reshape(grid.rows, grid.height, grid.columns, grid.width).transpose(0, 2, 1, 3)
+        exponent = COEFFICIENT_BITS - math.frexp(float(np.abs(coefficients[slot.range]).max()))[1]
         for band in grid.bands():
-            whole = (blocks[band].double() * 2.0**exponent).round_()
-            half = (torch.matmul(whole, across) * 2.0**-BASIS_BITS).round_()
-            full = half if grid.height == 1 else torch.matmul(down.T, half)
-            last = 0 if grid.height == 1 else BASIS_BITS
-            rows[band] = (full * 2.0 ** -(exponent + last)).transpose(1, 2)
+            whole = np.rint(blocks[band].astype(np.float64) * 2.0**exponent)
+            half = np.rint(_times(whole, across) * 2.0**-BASIS_BITS)
+            full = half if grid.height == 1 else np.matmul(down.T, half)
+            rows[band] = full * 2.0 ** -(exponent + (0 if grid.height == 1 else BASIS_BITS))
     return out
+
+
+def _times(blocks: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Each block (…, height, width) times a matrix (width, width). Products are of 64 rows at most: larger ones NumPy's
+    library would share out among threads (`contribution.py`)."""
+    alone = blocks.shape[-2] == 1
+    together = blocks.reshape(-1, largest_divisor(len(blocks)), blocks.shape[-1]) if alone else blocks
+    product: np.ndarray = np.matmul(together, matrix)
+    return product.reshape(blocks.shape)
 
 
 def largest_divisor(side: int) -> int:
@@ -137,10 +140,11 @@ def largest_divisor(side: int) -> int:
 
 
 @cache
-def _basis(side: int) -> Tensor:
+def _basis(side: int) -> np.ndarray:
     """DCT-II matrix times 2^BASIS_BITS, integers, shape (side, side): coefficient, value. None of them is near a half,
     where machines' cosines could round to either side (checked in the tests)."""
     frequency, place = np.arange(side)[:, None], np.arange(side)[None, :]
     wave = np.cos(np.pi * (2 * place + 1) * frequency / (2 * side)) * math.sqrt(2 / side)
     wave[0] = math.sqrt(1 / side)
-    return torch.from_numpy(np.rint(wave * 2**BASIS_BITS))
+    basis: np.ndarray = np.rint(wave * 2**BASIS_BITS)
+    return basis

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from potluck.errors import CodecError
-from potluck.swarm.codecs.int8 import BlockCodec, Bytes, Int8s
+from potluck.swarm.blocks import Int8s
+from potluck.swarm.codecs.int8 import BlockCodec, Bytes
+from potluck.swarm.compiled import INT8S, TO_INT8S, TO_UINT8S, UINT8S, compiled
 
 INT4_LEVELS = 7
 #: Added to a code: a nibble is 1 to 15, and never 0.
@@ -26,15 +28,13 @@ class Int4Codec(BlockCodec):
         super().__init__(block)
 
     def pack(self, codes: Int8s) -> Bytes:
-        nibbles, half = codes.view(np.uint8) + np.uint8(OFFSET), -(-codes.size // 2)
-        packed = nibbles[:half].copy()
-        packed[: codes.size - half] |= nibbles[half:] << 4
+        packed = np.empty(-(-codes.size // 2), dtype=np.uint8)
+        _pack(packed, codes[: packed.size], codes[packed.size :])
         return packed
 
     def unpack(self, packed: Bytes, values: int) -> Nibbles:
-        low, high = packed & 15, packed >> 4
-        if not low.all() or not high[: values - low.size].all() or high[values - low.size :].any():
-            raise CodecError("int4: a code is out of range, or padding is set")
+        if values % 2 and packed[-1] >> 4:
+            raise CodecError("int4: padding is set")
         return Nibbles(packed)
 
 
@@ -45,9 +45,25 @@ class Nibbles:
     packed: Bytes
 
     def __getitem__(self, part: slice) -> Int8s:
-        half, codes = self.packed.size, np.empty(part.stop - part.start, dtype=np.uint8)
+        half, codes = self.packed.size, np.empty(part.stop - part.start, dtype=np.int8)
         low = self.packed[min(part.start, half) : min(part.stop, half)]
         high = self.packed[max(part.start - half, 0) : max(part.stop - half, 0)]
-        np.bitwise_and(low, 15, out=codes[: low.size])
-        np.right_shift(high, 4, out=codes[low.size :])
-        return np.subtract(codes, OFFSET, out=codes).view(np.int8)
+        _unpack(codes[: low.size], codes[low.size :], low, high)
+        return codes
+
+
+@compiled((TO_UINT8S, INT8S, INT8S))
+def _pack(packed: Bytes, low: Int8s, high: Int8s) -> None:
+    """`high` has as many as `low`, or one less."""
+    for i in range(low.size):
+        packed[i] = np.uint8(low[i] + OFFSET)
+    for i in range(high.size):
+        packed[i] |= np.uint8(high[i] + OFFSET << 4)
+
+
+@compiled((TO_INT8S, TO_INT8S, UINT8S, UINT8S))
+def _unpack(from_low: Int8s, from_high: Int8s, low: Bytes, high: Bytes) -> None:
+    for i in range(low.size):
+        from_low[i] = np.int8((low[i] & 15) - OFFSET)
+    for i in range(high.size):
+        from_high[i] = np.int8((high[i] >> 4) - OFFSET)

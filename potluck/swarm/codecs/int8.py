@@ -1,33 +1,37 @@
 """`int8`: linear 8 bit with one float32 scale (absmax / 127) per block of values.
 
-Decoding is one float32 multiply per value, so it gives the same bits everywhere. Values are gone through in slabs that
-stay in the processor's cache (each pass over all of them would cost as much as a copy), and that torch does not share
-out (`contribution.py`).
+Decoding is one float32 multiply per value, so it gives the same bits everywhere.
 """
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from potluck.errors import CodecError
+from potluck.swarm.blocks import Blocks, Codes, Int8s, dequantized, squares_of
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE
 from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
-from potluck.swarm.contribution import UNSHARED_VALUES, Blocks, Codes, Quantized
+from potluck.swarm.compiled import (
+    FLOAT,
+    FLOATS,
+    INFINITE,
+    INT,
+    INT32S,
+    MAGNITUDE,
+    TO_FLOATS,
+    TO_INT8S,
+    TO_INT32S,
+    compiled,
+)
+from potluck.swarm.contribution import SLAB_VALUES, Quantized
 from potluck.swarm.layout import Flat, Layout
 
 INT8_LEVELS: Final = 127
-
-Int8s = npt.NDArray[np.int8]
 Bytes = npt.NDArray[np.uint8]
-
-# What was received is only read.
-warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 
 class BlockCodec(DenseCodec):
@@ -48,7 +52,7 @@ class BlockCodec(DenseCodec):
 
     @abstractmethod
     def unpack(self, packed: Bytes, values: int) -> Codes:
-        """Raises CodecError for codes that `quantize` never gives."""
+        """Raises CodecError for padding that is set. Codes may still be out of range."""
 
     def encode_parts(self, values: Flat) -> list[Any]:
         scales, codes = quantize(values, self.block, self.levels)
@@ -66,7 +70,11 @@ class BlockCodec(DenseCodec):
         scales = np.frombuffer(data, dtype="<f4", count=blocks)
         check_scales(scales, self.levels)
         packed = np.frombuffer(data, dtype=np.uint8, offset=4 * blocks)
-        return Blocks(values, self.block, scales, self.unpack(packed, values))
+        codes = self.unpack(packed, values)
+        squares, least = squares_of(codes, values, self.block, SLAB_VALUES)
+        if least < -self.levels:
+            raise CodecError(f"{self.name}: a code is out of range")
+        return Blocks(values, self.block, scales, codes, squares)
 
     def segment_bytes(self, values: int) -> int:
         return 4 * -(-values // self.block) + -(-values // self.packed)
@@ -84,42 +92,49 @@ class Int8Codec(BlockCodec):
         return codes.view(np.uint8)
 
     def unpack(self, packed: Bytes, values: int) -> Int8s:
-        codes = packed.view(np.int8)
-        if codes.size and codes.min() < -INT8_LEVELS:
-            raise CodecError("int8: a code is out of range")
-        return codes
+        return packed.view(np.int8)
 
 
 def quantize(values: Flat, block: int, levels: int = INT8_LEVELS) -> tuple[Flat, Int8s]:
     """(scales float32 (ceil(n / block),), codes int8 (n,) of -levels to levels). Non-finite input is our own bug and
     raises ValueError."""
-    source = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    scales, codes = torch.empty(-(-values.size // block)), np.empty(values.size, dtype=np.int8)
-    step = max(1, UNSHARED_VALUES // block)
-    scratch, at = torch.empty(step * block), 0
-    while at < values.size:
-        rows = min(step, (values.size - at) // block) or 1  # the last one may be shorter
-        part = source[at : at + rows * block].view(rows, -1)
-        work, of = scratch[: part.numel()].view(rows, -1), scales[at // block : at // block + rows]
-        torch.abs(part, out=work)
-        torch.amax(work, 1, out=of).mul_(1.0 / levels)
-        inverse = of.reciprocal().nan_to_num_(posinf=0.0)  # of nothing, or of less than float32 can divide by
-        flat = torch.mul(part, inverse[:, None], out=work).numpy().reshape(-1)
-        np.rint(flat, out=flat)  # torch's starts threads for so few, too
-        np.copyto(codes[at : at + flat.size], flat, casting="unsafe")
-        at += flat.size
-    if not bool(scales.isfinite().all()):
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    scales, codes = np.empty(-(-values.size // block), dtype=np.float32), np.empty(values.size, dtype=np.int8)
+    bits, largest = values.view(np.int32), scales.view(np.int32)
+    if not _quantize(codes, scales, largest, values, bits, np.float32(1 / levels), block):
         raise ValueError("cannot quantize values that are not finite")
-    return scales.numpy().astype("<f4", copy=False), codes
+    return scales, codes
 
 
 def dequantize(scales: Flat, codes: Int8s, block: int, levels: int = INT8_LEVELS) -> Flat:
     """Inverse of `quantize`, for untrusted input: raises CodecError on a scale that is not finite or out of bounds."""
     check_scales(scales, levels)
-    return Quantized([Blocks(codes.size, block, scales, codes)]).values
+    return dequantized(codes, scales, block)
 
 
 def check_scales(scales: Flat, levels: int) -> None:
     """Raises CodecError unless no value that is decoded with them can be out of bounds (NaN fails the comparison)."""
     if scales.size and not (scales.min() >= 0 and scales.max() <= MAX_MAGNITUDE / levels):
         raise CodecError("a block's scale is not finite, negative or too large")
+
+
+@compiled((TO_INT8S, TO_FLOATS, TO_INT32S, FLOATS, INT32S, FLOAT, INT))
+def _quantize(
+    codes: Int8s, scales: Flat, largest: np.ndarray, values: Flat, bits: np.ndarray, step: np.float32, block: int
+) -> bool:
+    """False for values that are not finite. `bits` and `largest`: `values` and `scales` as integers. `step`: a scale
+    for 1."""
+    worst = np.int32(0)
+    for number in range(scales.size):
+        begin, end = number * block, (number + 1) * block
+        part, part_bits, into, most = values[begin:end], bits[begin:end], codes[begin:end], np.int32(0)
+        for i in range(part_bits.size):
+            most = max(most, part_bits[i] & np.int32(MAGNITUDE))
+        worst, largest[number] = max(worst, most), most
+        scales[number] *= step
+        inverse = np.float32(1) / scales[number]
+        if inverse == np.inf:  # of nothing, or of less than float32 can divide by
+            inverse = np.float32(0)
+        for i in range(part.size):
+            into[i] = np.int32(np.rint(part[i] * inverse))
+    return bool(worst < INFINITE)

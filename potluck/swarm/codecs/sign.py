@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from potluck.errors import CodecError
+from potluck.swarm.blocks import Blocks
 from potluck.swarm.codecs import Codec
 from potluck.swarm.codecs.bits import bits_bytes, check_padding
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE, TRAILER_BYTES, Reader, payload, trailer
-from potluck.swarm.contribution import UNSHARED_VALUES, Blocks, Contribution, Quantized
+from potluck.swarm.codecs.residual import blend
+from potluck.swarm.contribution import SLAB_VALUES, Contribution, Quantized
 from potluck.swarm.layout import Flat, Layout
 
 
@@ -34,21 +35,22 @@ class SignCodec(Codec):
         self.beta1, self.beta2 = float(beta1), float(beta2)
 
     def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
-        new, sizes = torch.from_numpy(delta), torch.zeros(len(layout.slots), dtype=torch.float64)
-        momentum = new if residual is None else torch.from_numpy(residual)
-        negative = torch.empty(layout.size, dtype=torch.bool)
+        negative, sizes = np.empty(layout.size, dtype=np.bool_), np.zeros(len(layout.slots))
+        scratch = np.empty(SLAB_VALUES, dtype=np.float32)
         for number, slot in enumerate(layout.slots):
-            for start in range(slot.offset, slot.offset + slot.size, UNSHARED_VALUES):
-                part = slice(start, min(slot.offset + slot.size, start + UNSHARED_VALUES))
-                update = torch.lerp(new[part], momentum[part], self.beta1)
-                torch.lt(update, 0, out=negative[part])
-                sizes[number] += update.abs_().sum() / slot.size
-        if not bool(sizes.isfinite().all()):
+            for start in range(slot.offset, slot.offset + slot.size, SLAB_VALUES):
+                part = slice(start, min(slot.offset + slot.size, start + SLAB_VALUES))
+                update = scratch[: part.stop - part.start]
+                np.copyto(update, (delta if residual is None else residual)[part])
+                if residual is not None:
+                    blend(update, self.beta1, delta[part], 1 - self.beta1)
+                np.less(update, 0, out=negative[part])
+                sizes[number] += float(np.abs(update, out=update).sum()) / slot.size
+        if not np.isfinite(sizes).all():
             raise ValueError("cannot encode values that are not finite")
         if residual is not None:
-            momentum.lerp_(new, 1 - self.beta2)
-        bits = np.packbits(negative.numpy())
-        return b"".join([sizes.numpy().astype("<f4").data, bits.data, trailer(self.name, layout)])
+            blend(residual, self.beta2, delta, 1 - self.beta2)
+        return b"".join([sizes.astype("<f4").data, np.packbits(negative).data, trailer(self.name, layout)])
 
     def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:
         reader = Reader(payload(blob, self.name, layout, self.max_bytes(layout) - TRAILER_BYTES))
@@ -59,7 +61,9 @@ class SignCodec(Codec):
         check_padding(packed, layout.size)
         return Quantized(
             [
-                Blocks(slot.size, slot.size, sizes[number : number + 1], Signs(packed, slot.offset))
+                Blocks(
+                    slot.size, slot.size, sizes[number : number + 1], Signs(packed, slot.offset), np.array([slot.size])
+                )
                 for number, slot in enumerate(layout.slots)
             ]
         )

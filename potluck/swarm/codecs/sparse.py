@@ -19,26 +19,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import Final
 
 import numpy as np
-import torch
 
 from potluck.errors import CodecError
 from potluck.swarm.codecs import Codec
-from potluck.swarm.codecs.bits import bits_bytes, pack_planes, planes_bytes, unpack_bits, unpack_planes
+from potluck.swarm.codecs.bits import bits_bytes, check_padding, pack_planes, planes_bytes, unpack_planes
 from potluck.swarm.codecs.frame import TRAILER_BYTES, Reader, check_bounded, payload, trailer
+from potluck.swarm.codecs.residual import blend
 from potluck.swarm.codecs.top_k import top_k
+from potluck.swarm.compiled import INT, TO_INT32S, TO_INT64S, TO_UINT8S, UINT8S, UINT32S, compiled
 from potluck.swarm.contribution import Contribution, Leveled
 from potluck.swarm.layout import Flat, Layout, Slot
 
 SIGMAS = 6.0
 CODE_BITS: Final = 2
 LEVELS: Final = 2**CODE_BITS
-#: About so many indices are decoded together.
-SLAB_KEPT: Final = 1 << 14
 MAX_INT32: Final = 2**31 - 1
 
 
@@ -96,16 +94,13 @@ class SparseCodec(Codec):
         acc, parts = delta if residual is None else residual, []
         for slot in layout.slots:
             if residual is not None:
-                here = residual[slot.range]
-                np.multiply(here, np.float32(self.beta), out=here)
-                np.add(here, delta[slot.range], out=here)
+                blend(residual[slot.range], self.beta, delta[slot.range])
             parts.append(self._encode(acc, list(self._groups(slot)), keep_rest=residual is not None))
         return b"".join([*parts, trailer(self.name, layout)])
 
     def _encode(self, acc: Flat, groups: Sequence[Chunks], keep_rest: bool) -> bytes:
         """One tensor. `keep_rest`: what is sent is taken off `acc`."""
-        rows = (torch.from_numpy(acc[group.range]).view(group.count, group.width) for group in groups)
-        inside = [top_k(row, group.keep).numpy() for row, group in zip(rows, groups, strict=True)]
+        inside = [top_k(acc[group.range], group.width, group.keep) for group in groups]
         where = np.concatenate([indices + group.offset for indices, group in zip(inside, groups, strict=True)])
         values = acc[where]
         codes = self._codes(values)
@@ -169,36 +164,13 @@ def _pack(indices: np.ndarray, codes: np.ndarray, group: Chunks) -> bytes:
 
 def _unpack(words: np.ndarray, bitmap: np.ndarray, group: Chunks, indices: np.ndarray, codes: np.ndarray) -> None:
     """Writes flat indices in the layout and codes, (kept,). Raises CodecError unless each chunk has its k, ascending
-    and in range. Chunks are taken in eights (whole bytes of bitmap), as many as stay in the processor's cache."""
-    words = unpack_planes(words, group.kept, group.word_bits)
-    np.right_shift(words, group.low_bits, out=codes, casting="unsafe")
-    step = max(8, SLAB_KEPT // group.keep // 8 * 8)
-    for first in range(0, group.count, step):
-        count = min(step, group.count - first)
-        kept, of_map = first * group.keep, first * group.map_bits
-        bits = unpack_bits(bitmap[of_map // 8 : bits_bytes(of_map + count * group.map_bits)], count * group.map_bits)
-        ones = bits.view(np.bool_).nonzero()[0]
-        if ones.size != count * group.keep:
-            raise CodecError("sparse: not as many indices as there are values")
-        found = indices[kept : kept + ones.size]
-        np.left_shift(ones.astype(found.dtype), group.low_bits, out=found)
-        np.bitwise_or(found, words[kept : kept + ones.size] & ((1 << group.low_bits) - 1), out=found)
-        np.add(found, _shifts(count, group.width, group.keep, found.dtype), out=found)
-        if (found[1:] <= found[:-1]).any():
-            raise CodecError("sparse: indices are not increasing")
-        # A one that belongs to the chunk before or after shows as an index out of range.
-        starts = np.arange(0, count * group.width, group.width)
-        if (found[:: group.keep] < starts).any() or (found[group.keep - 1 :: group.keep] >= starts + group.width).any():
-            raise CodecError("sparse: indices out of range")
-        np.add(found, group.offset + first * group.width, out=found)
-
-
-@lru_cache(maxsize=16)
-def _shifts(count: int, width: int, keep: int, dtype: np.dtype[np.integer]) -> np.ndarray:
-    """By how much (place in the bitmaps << low bits) is less than an index without its low bits: (count * keep,)."""
-    group = Chunks(0, count, width, keep)
-    of_chunk = np.arange(count) * (width - (group.map_bits << group.low_bits))
-    return (of_chunk[:, None] - (np.arange(keep) << group.low_bits)).reshape(-1).astype(dtype)
+    and in range."""
+    check_padding(bitmap, group.count * group.map_bits)
+    words = unpack_planes(words, group.kept, group.word_bits).astype(np.uint32, copy=False)
+    scratch = np.empty(8 * group.keep + 9, dtype=np.int32)
+    sizes = (group.offset, group.width, group.keep, group.low_bits, group.map_bits)
+    if not _read_indices(indices, codes, scratch, words, bitmap, *sizes):
+        raise CodecError("sparse: not as many indices as there are values, or not increasing, or out of range")
 
 
 def _means(values: Flat, codes: np.ndarray) -> Flat:
@@ -206,3 +178,54 @@ def _means(values: Flat, codes: np.ndarray) -> Flat:
     counts = np.bincount(codes, minlength=LEVELS)
     sums = np.bincount(codes, weights=values, minlength=LEVELS)
     return np.where(counts > 0, sums / np.maximum(counts, 1), 0.0).astype(np.float32)
+
+
+@compiled(
+    *((indices, TO_UINT8S, TO_INT32S, UINT32S, UINT8S, INT, INT, INT, INT, INT) for indices in (TO_INT32S, TO_INT64S))
+)
+def _read_indices(
+    indices: np.ndarray,
+    codes: np.ndarray,
+    ones: np.ndarray,
+    words: np.ndarray,
+    bitmap: np.ndarray,
+    offset: int,
+    width: int,
+    keep: int,
+    low_bits: int,
+    map_bits: int,
+) -> bool:
+    """False, with anything written, unless each chunk has its `keep` indices, ascending, and within its `width`. The
+    arrays' sizes fit, their values may be any. Chunks are taken in eights, whose bitmaps are whole bytes. `ones` is
+    scratch, (8 * keep + 9,). Integers are unsigned where numba would ask whether they count from an array's end."""
+    chunks, low, mask = words.size // keep, np.int32(low_bits), np.int32((1 << low_bits) - 1)
+    at, wrong = np.uint64(0), np.int32(0)
+    for first in range(0, chunks, 8):
+        last = min(first + 8, chunks)
+        wanted, n, place = (last - first) * keep, np.uint64(0), np.int32(0)
+        part = bitmap[first * map_bits // 8 : -(-last * map_bits // 8)]
+        for i in range(part.size):
+            if n > wanted:
+                return False
+            for bit in range(8):  # without a branch that the processor would have to guess
+                ones[n] = place + bit
+                n += np.uint64(part[i]) >> np.uint64(7 - bit) & np.uint64(1)
+            place = np.int32(place + 8)
+        if n != wanted:
+            return False
+        n = np.uint64(0)
+        for chunk in range(first, last):
+            # A one that belongs to the chunk before or after shows as an index out of range.
+            start, begin, before = offset + chunk * width, np.int32((chunk - first) * map_bits), np.int32(-1)
+            for i in range(np.uint64(keep)):
+                high, word = np.int32(ones[n + i] - begin - i), np.int32(words[at + i])
+                index = np.int32((high << low) | (word & mask))
+                wrong = np.int32(wrong | (index <= before))
+                before = index
+                indices[at + i] = start + index
+            wrong = np.int32(wrong | (before >= width))
+            n += np.uint64(keep)
+            at += np.uint64(keep)
+    for i in range(words.size):
+        codes[i] = words[i] >> low_bits
+    return bool(wrong == 0)

@@ -1,7 +1,8 @@
-"""The largest magnitudes of each chunk, exactly, at about the speed of reading them.
+"""The largest magnitudes of each chunk, exactly.
 
-A chunk's values are compared in planes: the k-th largest of the planes' maxima is no larger than the k-th largest
-value, so only what reaches it (73 values of 4096 for k = 64) is looked at closely.
+Magnitudes compare as their bits do as an integer. The least one that is kept is found bit by bit from the highest on:
+the number of values that reach it decides on each. A chunk's passes stay in the processor's nearest cache, and end when
+as many values are left as are wanted (after about half of 31).
 """
 
 from __future__ import annotations
@@ -9,64 +10,58 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
-#: Maxima per kept value: with four, an eighth of the candidates is in vain.
-MAXIMA_PER_KEPT: Final = 4
-MOST_PLANES: Final = 16
-#: Values looked at together: they stay in the processor's cache.
-SLAB_VALUES: Final = 1 << 17
+from potluck.swarm.compiled import INFINITE, INT, INT32S, MAGNITUDE, TO_INT32S, TO_INT64S, compiled
+from potluck.swarm.layout import Flat
 
-
-def top_k(rows: Tensor, keep: int) -> Tensor:
-    """Flat indices (rows * keep,), int64, ascending, of each row's `keep` largest magnitudes. `rows`: (count, width),
-    contiguous. Of equal magnitudes any may be taken. Raises ValueError for values that are not finite."""
-    count, width = rows.shape
-    if rows.is_cuda:
-        return _slab(rows, keep)
-    step = max(1, SLAB_VALUES // width)
-    found = [_slab(rows[at : at + step], keep) + at * width for at in range(0, count, step)]
-    return torch.cat(found) if len(found) != 1 else found[0]
+#: Bit of a float32 after its sign.
+HIGHEST: Final = 1 << 30
 
 
-def _slab(rows: Tensor, keep: int) -> Tensor:
-    size, width = _abs(rows), rows.shape[1]
-    planes = next((p for p in range(MOST_PLANES, 1, -1) if width % p == 0 and width // p >= MAXIMA_PER_KEPT * keep), 1)
-    maxima = _maxima(size.view(len(rows), planes, width // planes)) if planes > 1 else size
-    if not bool(maxima.sum().isfinite()):
+def top_k(values: Flat, width: int, keep: int) -> npt.NDArray[np.int64]:
+    """Flat indices (chunks * keep,), ascending, of each chunk's `keep` largest magnitudes; of equal ones the first.
+    `values`: (chunks * width,). Raises ValueError for values that are not finite."""
+    if values.size % width or not 0 < keep <= width:
+        raise ValueError(f"{keep} of {width} from {values.size} values")
+    found = np.empty(values.size // width * keep + 1, dtype=np.int64)
+    if not _top_k(found, np.empty(width, dtype=np.int32), values.view(np.int32), width, keep):
         raise ValueError("cannot encode values that are not finite")
-    least = maxima.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)
-    candidates = _reaching(size, least)
-    row = candidates // width
-    counts = torch.bincount(row, minlength=len(rows))
-    if int(counts.max()) == keep:
-        return candidates
-    place = torch.arange(len(candidates), device=row.device) - (counts.cumsum(0) - counts)[row]
-    values = size.view(-1)[candidates]
-    table = torch.full((len(rows), int(counts.max())), -1.0, device=row.device)
-    table[row, place] = values
-    kept = values >= table.topk(keep, dim=1, sorted=False).values.amin(1)[row]
-    if int(kept.sum()) > keep * len(rows):  # several are equal to the least one
-        chosen = torch.zeros_like(table, dtype=torch.bool)
-        chosen.scatter_(1, table.topk(keep, dim=1, sorted=False).indices, True)
-        kept = chosen[row, place]
-    return candidates[kept]
+    return found[:-1]
 
 
-# Where all values are gone through, NumPy on a CPU: it starts no threads that wait for each other (`contribution.py`).
-
-
-def _abs(rows: Tensor) -> Tensor:
-    return rows.abs() if rows.is_cuda else torch.from_numpy(np.abs(rows.numpy()))
-
-
-def _maxima(planes: Tensor) -> Tensor:
-    return planes.amax(1) if planes.is_cuda else torch.from_numpy(planes.numpy().max(1))
-
-
-def _reaching(size: Tensor, least: Tensor) -> Tensor:
-    """Flat indices."""
-    if size.is_cuda:
-        return (size >= least).view(-1).nonzero().view(-1)
-    return torch.from_numpy(np.flatnonzero(size.numpy() >= least.numpy()))
+@compiled((TO_INT64S, TO_INT32S, INT32S, INT, INT))
+def _top_k(found: np.ndarray, sizes: np.ndarray, bits: np.ndarray, width: int, keep: int) -> bool:
+    """False for values that are not finite. The last of `found` is scratch, as is `sizes`, (width,)."""
+    n = 0
+    for start in range(0, bits.size, width):
+        row, most = bits[start : start + width], np.int32(0)
+        for i in range(row.size):
+            sizes[i] = row[i] & np.int32(MAGNITUDE)
+            most = max(most, sizes[i])
+        if most >= INFINITE:
+            return False
+        least, count, bit = np.int32(0), width, np.int32(HIGHEST)
+        while bit and count > keep:
+            higher = np.int32(least | bit)
+            if higher <= most:
+                reaching = np.int32(0)
+                for i in range(sizes.size):
+                    reaching = np.int32(reaching + (sizes[i] >= higher))  # a sum would be 64 bits wide
+                if reaching >= keep:
+                    least, count = higher, int(reaching)
+            bit >>= 1
+        if count == keep:
+            for i in range(sizes.size):  # without a branch that the processor would have to guess
+                found[n] = start + i
+                n += sizes[i] >= least
+            continue
+        for i in range(sizes.size):
+            count -= sizes[i] == least
+        spare = keep - count  # of those equal to the least one
+        for i in range(sizes.size):
+            if sizes[i] > least or (sizes[i] == least and spare > 0):
+                found[n] = start + i
+                n += 1
+                spare -= sizes[i] == least
+    return True

@@ -20,7 +20,7 @@ def offer(folder: Path, rate: float | None, size: int) -> Any:
         rpc: Any = SimpleNamespace(upload=Pace(rate))
         store = BlobStore(folder, 10**9)
         exchange = NetworkExchange(None, rpc, store, 60.0, 3, pull_seconds=2.0)  # type: ignore[arg-type]
-        return await exchange.offer(bytes(size), 0.0)
+        return await exchange.offer([bytes(size)], 0.0)
 
     return asyncio.run(go())
 

@@ -62,5 +62,6 @@ def test_utilization_is_the_share_of_the_trainers_own_time() -> None:
         shards=1,
         seconds=seconds,
         beside={"pull": 5.0},
+        late={},
     )
     assert abs(report.utilization - 0.75) < 1e-12

@@ -17,7 +17,7 @@ owners = st.tuples(peers, st.sampled_from(["stage.1", "stage.11"]), st.integers(
 
 @given(st.binary(max_size=50), owners, owners)
 def test_it_is_taken_as_its_owners_and_as_nobody_elses(blob: bytes, owner: tuple, other: tuple) -> None:  # type: ignore[type-arg]
-    sent = marked(blob, *owner)
+    sent = b"".join(marked(blob, *owner))
     assert len(sent) == MARK_BYTES + len(blob)
     if owner == other:
         assert owned_by(sent, *other) == blob

@@ -12,10 +12,11 @@ from potluck.errors import CodecError
 from potluck.net.blobs import CHUNK_BYTES
 from potluck.net.host import PeerId
 from potluck.swarm.aggregate import aggregate
+from potluck.swarm.blocks import Blocks, squares_of
 from potluck.swarm.codecs import CODEC_NAMES, make_codec
 from potluck.swarm.codecs.frame import TRAILER_BYTES
 from potluck.swarm.codecs.segments import DenseCodec
-from potluck.swarm.contribution import Blocks, Dense, Quantized
+from potluck.swarm.contribution import Dense, Quantized
 from potluck.swarm.layout import Flat, Layout
 
 DENSE = [name for name in CODEC_NAMES if isinstance(make_codec(name), DenseCodec)]
@@ -118,8 +119,10 @@ def test_parts_of_a_contribution_are_those_of_its_values(name: str, seed: int, d
 def test_blocks_of_any_size_have_exact_squares() -> None:
     codes = np.random.default_rng(0).integers(-127, 128, 700_000).astype(np.int8)
     wanted = int(np.square(codes, dtype=np.int64).sum())
-    for block in (16, 1000, 1050, 70_000, 350_000, 700_000):
-        one = Blocks(codes.size, block, np.ones(-(-codes.size // block), dtype=np.float32), codes)
+    for block in (16, 1000, 1050, 65_536):
+        squares, least = squares_of(codes, codes.size, block, 100_000)
+        assert int(squares.sum(dtype=np.int64)) == wanted and least == codes.min()
+        one = Blocks(codes.size, block, np.ones(-(-codes.size // block), dtype=np.float32), codes, squares)
         assert one.square_sum(0, codes.size) == wanted
 
 

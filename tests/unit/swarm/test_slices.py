@@ -13,18 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potluck.errors import ProtocolError, RpcRemoteError
+from potluck.errors import ProtocolError, RpcRemoteError, RpcTimeout
 from potluck.net.host import PeerId
 from potluck.swarm.phases import Round
 from potluck.swarm.slice_board import SliceBoard
-from potluck.swarm.slices import Accusation, Aggregated, agrees, assign, parse_aggregated
+from potluck.swarm.slices import Accusation, Aggregated, assign, members_in, parse_aggregated
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "net"))
 
 from fake_net import network
 
 BLOB = "ab" * 32
-TOLD = Aggregated(BLOB, 10, (0, 3), {"p1": BLOB, "p2": "cd" * 32}, (Accusation("p3", 4, 5),))
+OTHER = "cd" * 32
+TOLD = Aggregated.of([OTHER, BLOB], [Accusation("p3", 4, 5)])
 
 
 def members(count: int) -> list[PeerId]:
@@ -46,64 +47,87 @@ def test_one_member_more_leaves_most_segments_where_they_were() -> None:
 
 
 def test_words_survive_the_wire() -> None:
-    assert parse_aggregated(TOLD.encode()) == TOLD
+    assert parse_aggregated(msgspec.msgpack.decode(msgspec.msgpack.encode(TOLD.head()))) == TOLD
 
 
-@given(st.binary(max_size=200))
-def test_any_bytes_are_a_word_or_a_protocol_error(data: bytes) -> None:
-    with pytest.raises(ProtocolError):
-        parse_aggregated(data)
+anything: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.integers() | st.binary(max_size=100) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+)
 
 
-@given(st.data())
-def test_a_bent_word_is_a_word_or_a_protocol_error(data: Any) -> None:
-    bent = bytearray(TOLD.encode())
-    for _ in range(data.draw(st.integers(1, 4))):
-        bent[data.draw(st.integers(0, len(bent) - 1))] = data.draw(st.integers(0, 255))
+@given(st.fixed_dictionaries({}, optional={"blobs": anything, "accused": anything, "more": anything}))
+def test_any_head_is_a_word_or_a_protocol_error(head: dict[str, Any]) -> None:
     try:
-        told = parse_aggregated(bytes(bent))
+        told = parse_aggregated(head)
     except ProtocolError:
         return
-    assert list(told.segments) == sorted(set(told.segments))
+    assert len(told.blobs) % 32 == 0
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"segments": [3, 0]}, {"segments": [-1]}, {"size": -1}, {"blob": "x"}, {"members": {"p": 1}}, {"extra": 1}],
+    [
+        {"blobs": bytes.fromhex(OTHER + BLOB)},
+        {"blobs": bytes.fromhex(BLOB + BLOB)},
+        {"blobs": bytes(33)},
+        {"blobs": bytes(32 * 1025)},
+        {"accused": [["p", -1, 0]]},
+        {"accused": TOLD.head()["accused"] * 5},
+        {"extra": 1},
+    ],
 )
 def test_malformed_words_are_refused(change: dict[str, Any]) -> None:
-    fields = msgspec.to_builtins(TOLD) | change
     with pytest.raises(ProtocolError):
-        parse_aggregated(msgspec.msgpack.encode(fields))
+        parse_aggregated(TOLD.head() | change)
 
 
 def test_a_word_about_unknown_or_few_contributions_does_not_count() -> None:
-    commits = {PeerId("p1"): BLOB, PeerId("p2"): "cd" * 32, PeerId("p3"): "ef" * 32}
-    assert agrees(TOLD, commits)
-    assert not agrees(TOLD, commits | {PeerId("p2"): BLOB})
-    assert not agrees(TOLD, {PeerId("p1"): BLOB})
-    assert not agrees(TOLD, commits | {PeerId("p4"): BLOB})
+    p1, p2, p3, p4 = (PeerId(f"p{number}") for number in range(1, 5))
+    commits = {p1: BLOB, p2: OTHER, p3: "ef" * 32}
+    assert members_in(TOLD, commits) == {p1, p2}
+    for others in (commits | {p2: "01" * 32}, {p1: BLOB}, commits | {p4: "01" * 32}):
+        with pytest.raises(ProtocolError):
+            members_in(TOLD, others)
 
 
-def test_who_asks_early_hears_as_soon_as_there_is_something_to_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cap", [None, 2e6])
+def test_who_asks_early_has_a_segment_as_soon_as_it_is_there(tmp_path: Path, cap: float | None) -> None:
+    data = bytes(range(256)) * 300
+
     async def main() -> None:
         async with network(tmp_path) as net:
-            rpcs = [await net.rpc("ours"), await net.rpc("theirs")]
+            rpcs = [await net.rpc("ours", download=cap), await net.rpc("theirs")]
             board, other = (SliceBoard(rpc) for rpc in rpcs)
-            peer = rpcs[1].peer_id
+
+            async def ask(round_: int, segment: int, size: int = len(data), seconds: float = 5.0) -> Any:
+                into = memoryview(bytearray(size))
+                return await board.ask(rpcs[1].peer_id, "m", round_, segment, into, seconds), bytes(into)
+
             with pytest.raises(RpcRemoteError, match="NothingTold"):
-                await board.ask(peer, "m", 3, 5.0)
-            other.begin("m", 3)
-            asked = asyncio.create_task(board.ask(peer, "m", 3, 5.0))
+                await ask(3, 0)
+            other.begin("m", 3, [0, 2])
+            early, waiting = asyncio.create_task(ask(4, 5)), asyncio.create_task(ask(3, 0))
             await asyncio.sleep(0.05)
-            assert not asked.done()
-            other.tell("m", 3, TOLD)
-            assert await asked == TOLD == await board.ask(peer, "m", 3, 5.0)
-            other.begin("m", 4)
-            asked = asyncio.create_task(board.ask(peer, "m", 4, 5.0))
-            await asyncio.sleep(0.05)
-            other.tell("m", 4, None)
+            assert not waiting.done() and not early.done()
+            other.tell("m", 3, 0, TOLD, data)
+            assert await waiting == (TOLD, data) == await ask(3, 0)
             with pytest.raises(RpcRemoteError, match="NothingTold"):
-                await asked
+                await ask(3, 1)
+            with pytest.raises(RpcRemoteError, match="does not have"):
+                await ask(3, 0, len(data) + 1)
+            waiting = asyncio.create_task(ask(3, 2))
+            await asyncio.sleep(0.05)
+            other.end("m", 3)
+            with pytest.raises(RpcRemoteError, match="NothingTold"):
+                await waiting
+            other.begin("m", 4, [5])
+            other.tell("m", 4, 5, TOLD, data)
+            assert await early == (TOLD, data)
+            other.forget("m", 3)
+            with pytest.raises(RpcRemoteError, match="NothingTold"):
+                await ask(3, 0)
+            with pytest.raises(RpcTimeout):
+                await ask(5, 0, seconds=0.05)
 
     asyncio.run(main())

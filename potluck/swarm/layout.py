@@ -40,10 +40,12 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Iterable[tuple[str, tuple[int, ...]]]) -> Layout:
-        """`tensors`: (name, shape) pairs in any order."""
+        """`tensors`: (name, shape) pairs in any order. Raises ValueError for one without values."""
         slots, offset = [], 0
         for name, shape in sorted(tensors):
             size = int(np.prod(shape, dtype=np.int64))
+            if size == 0:
+                raise ValueError(f"the tensor {name} of shape {tuple(shape)} has no values")
             slots.append(Slot(name, tuple(shape), offset, size))
             offset += size
         return cls(tuple(slots))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from potluck.dht.records import Commit, Signed
-from potluck.errors import PotluckError
+from potluck.errors import BlobUnavailable, PotluckError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.host import PeerId
 from potluck.swarm.codecs import Codec
@@ -189,7 +189,7 @@ class Puller:
             view.missing[peer] = f"{type(error).__name__}: {error}"
 
     async def chase(self, view: View, until: float, came: Callable[[PeerId], None]) -> None:
-        """Fetch what a round had to do without, for whoever catches up on it; `came` hears of each that is had."""
+        """Fetch what did not come in time, for whoever catches up on its round; `came` hears of each that is had."""
 
         async def one(peer: PeerId, commit: Commit) -> None:
             try:
@@ -204,7 +204,8 @@ class Puller:
 
         async with asyncio.TaskGroup() as group:
             for peer in sorted(view.missing.keys() & view.commits.keys() - {self._peer}):
-                group.create_task(one(peer, view.commits[peer]))
+                if view.missing[peer].startswith(BlobUnavailable.__name__):
+                    group.create_task(one(peer, view.commits[peer]))
 
     async def _pull_fragment(
         self, peer: PeerId, commit: Commit, holders: tuple[PeerId, ...], pull_by: float, view: View

@@ -10,8 +10,17 @@ import numpy.typing as npt
 
 #: States that are served, and those about to be.
 MOST: Final = 16
-#: References to a vector that nobody else has: the list's, the loop's and the count's own.
-UNUSED: Final = 3
+
+
+def _references_without_users() -> int:
+    """To a vector that nobody else has, counted as below: the list's and, on some versions of Python, the loop's and
+    the count's own."""
+    for vector in [np.empty(1)]:
+        found = sys.getrefcount(vector)
+    return found
+
+
+UNUSED: Final = _references_without_users()
 
 
 class Recycled:

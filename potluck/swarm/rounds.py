@@ -154,6 +154,7 @@ class GossipReplica(Follower):
             await self._linger()
             return self._state
         finally:
+            await self._end_chase()
             self._close()
 
     async def _linger(self) -> None:
@@ -209,7 +210,8 @@ class GossipReplica(Follower):
             return None
         following = self.rules.clock.window(Round(window.round + 1))
         late, self._late = self._late, {}
-        if view.missing:
+        await self._end_chase()
+        if view.missing and not self._stop.is_set():
             self._chase_missing(window, view, following.commit_by)
         agreed = await self._apply(window.round, view, following.train_until)
         # A peer that finished its steps early idles; only what lies behind `train_until` is the round's overhead.
@@ -229,16 +231,13 @@ class GossipReplica(Follower):
         def came(peer: PeerId) -> None:
             late[peer] = self._now() - window.pull_by
 
-        self._end_chase()
         self._chase = asyncio.create_task(self._puller.chase(view, until, came))
 
-    def _end_chase(self) -> None:
+    async def _end_chase(self) -> None:
         if self._chase is not None:
             self._chase.cancel()
-
-    def _close(self) -> None:
-        self._end_chase()
-        super()._close()
+            await asyncio.gather(self._chase, return_exceptions=True)
+            self._chase = None
 
     # ---- 1 and 2: train and commit --------------------------------------------------------------------------
 

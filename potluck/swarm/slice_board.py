@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -17,6 +17,9 @@ from potluck.swarm.slices import Aggregated, parse_aggregated
 METHOD: Final = "slices.get"
 #: Rounds of all modules that are remembered.
 MOST_KEPT: Final = 256
+#: Requests that may wait here, of a peer and in all: far below what RPC allows, so that it stays free for others.
+MOST_WAITING_OF_PEER: Final = 16
+MOST_WAITING: Final = 128
 
 Key = tuple[str, int]
 
@@ -46,6 +49,7 @@ class SliceBoard:
         self._rounds: OrderedDict[Key, dict[int, asyncio.Future[_Told]]] = OrderedDict()
         #: By module: the newest round that was begun, and what is resolved when the next one is.
         self._newest: dict[str, tuple[int, asyncio.Future[None]]] = {}
+        self._waiting: Counter[PeerId] = Counter()
         rpc.register(METHOD, self._answer, max_request_bytes=0)
 
     def begin(self, module: str, round_: int, segments: Sequence[int]) -> None:
@@ -72,6 +76,8 @@ class SliceBoard:
     def forget(self, module: str, round_: int) -> None:
         self.end(module, round_)
         self._rounds.pop((module, round_), None)
+        if module in self._newest and not any(key[0] == module for key in self._rounds):
+            self._newest.pop(module)[1].set_result(None)
 
     async def ask(
         self, peer: PeerId, module: str, round_: int, segment: int, into: memoryview, timeout_seconds: float
@@ -101,7 +107,15 @@ class SliceBoard:
             asked = msgspec.convert(head, _Asked)
         except msgspec.ValidationError as error:
             raise ProtocolError(f"{METHOD}: {error}") from None
-        told = await self._told(asked.module, asked.round, asked.segment)
+        if self._waiting[peer] >= MOST_WAITING_OF_PEER or self._waiting.total() >= MOST_WAITING:
+            raise NothingTold("too many wait for segments here")
+        self._waiting[peer] += 1
+        try:
+            told = await self._told(asked.module, asked.round, asked.segment)
+        finally:
+            self._waiting[peer] -= 1
+            if not self._waiting[peer]:
+                del self._waiting[peer]
         stop = asked.start + asked.size
         if stop > len(told.data):
             raise ProtocolError(f"a part that a segment of {len(told.data)} bytes does not have")
@@ -109,7 +123,7 @@ class SliceBoard:
 
     async def _told(self, module: str, round_: int, segment: int) -> _Told:
         # Others' clocks may be ahead of ours.
-        while (newest := self._newest.get(module)) is not None and newest[0] < round_:
+        while (newest := self._newest.get(module)) is not None and newest[0] + 1 == round_:
             await asyncio.shield(newest[1])
         told = self._rounds.get((module, round_), {}).get(segment)
         nothing = f"segment {segment} of {module} is not aggregated here in round {round_}"

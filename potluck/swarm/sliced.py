@@ -34,10 +34,12 @@ from potluck.swarm.phases import Round
 from potluck.swarm.pull import Puller, View
 from potluck.swarm.recycled import Recycled
 from potluck.swarm.slice_board import NothingTold
-from potluck.swarm.slices import MAX_ACCUSED, Accusation, Aggregated, assign, members_in
+from potluck.swarm.slices import MAX_ACCUSED, Accusation, Aggregated, assign, fewest, members_in, name_of
 
 #: Shares of the time to pull: until then members' raw segments are waited for, and until then what others aggregated.
 RAW_SHARE: Final = 0.6
+#: Until then whose contribution it is that two have committed to: who does not show is left out.
+DISPUTE_SHARE: Final = 0.1
 TOLD_SHARE: Final = 0.8
 #: Who has not begun to aggregate is asked again after this.
 ASK_AGAIN_SECONDS: Final = 0.1
@@ -69,6 +71,9 @@ class _Round:
     #: Who failed to give a segment that it should have aggregated.
     failed: set[PeerId] = field(default_factory=set)
     members: set[PeerId] = field(default_factory=set)
+    #: The segment to check.
+    drawn: int | None = None
+    drawn_settled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def of(self, peer: PeerId) -> list[int]:
         return [segment for segment, owner in enumerate(self.owners) if owner == peer]
@@ -112,31 +117,39 @@ class SlicedPuller(Puller):
         view.contributions.clear()
         began, left = self._now(), pull_by - self._now()
         raw_by, told_by = began + RAW_SHARE * left, began + TOLD_SHARE * left
-        commits = await self._genuine(view, raw_by)
+        commits = await self._genuine(view, began + DISPUTE_SHARE * left)
         if not commits:
             return False
         owners = await self._in_thread(assign, len(self._ranges), commits, round_)
-        one = _Round(round_, commits, owners, self._vectors.any())
+        one = _Round(round_, commits, owners, self._vectors.any(), drawn=self._to_check(owners, len(commits)))
         async with asyncio.TaskGroup() as group:
-            aggregating = group.create_task(self._aggregate_mine(one, raw_by, view))
+            group.create_task(self._aggregate_mine(one, raw_by, view))
             for peer in set(one.owners) - self.distrusted - {self._peer}:
                 group.create_task(self._take(one, peer, told_by, late))
-            evidence = group.create_task(self._evidence(one, aggregating, told_by))
+            evidence = group.create_task(self._evidence(one, told_by))
             if drift:
                 for peer in commits.keys() - {self._peer}:
                     group.create_task(self._pull_fragment(peer, commits[peer], tuple(commits), pull_by, view))
         for segment, raw in evidence.result().items():
             await self._check(one, segment, raw)
+        await self._fill_raw(one, pull_by, view)
+        # Behind what the update needs: whoever accuses must not keep others from that.
         for accusation in dict.fromkeys(each for accused in one.accused.values() for each in accused):
             await self._look_into(accusation, one, pull_by)
-        if missing := self._missing(one):
-            self._emit("swarm.slices.raw", round=round_, segments=len(missing), of=len(self._ranges))
-            await self._raw(missing, commits, pull_by, partial(self._aggregate, one), view)
+        await self._fill_raw(one, pull_by, view)
         for segment in self._missing(one):
             one.update[self._ranges[segment]] = 0.0
         view.update, view.aggregated = one.update, one.members
+        for peer in one.members:
+            view.missing.pop(peer, None)
         self._past.append(replace(one, update=Layout(()).zeros(), filled=set()))
         return True
+
+    async def _fill_raw(self, one: _Round, until: float, view: View) -> None:
+        """Aggregate what nobody else did."""
+        if missing := self._missing(one):
+            self._emit("swarm.slices.raw", round=one.number, segments=len(missing), of=len(self._ranges))
+            await self._raw(missing, one.commits, until, partial(self._aggregate, one), view)
 
     async def chase(self, view: View, until: float, came: Callable[[PeerId], None]) -> None:
         """Nobody catches up by whole contributions."""
@@ -148,9 +161,9 @@ class SlicedPuller(Puller):
         """The commits whose blobs can be theirs. The mark lies at a blob's end, and is looked at only where two commit
         to the same one: nobody has the bytes of another's before everybody has committed."""
         size = MARK_BYTES + self._dense.max_bytes(self._layout)
-        times = Counter(commit.blob for commit in view.commits.values())
-        genuine = {}
-        for peer, commit in sorted(view.commits.items()):
+        times, genuine = Counter(commit.blob for commit in view.commits.values()), dict[PeerId, Commit]()
+
+        async def look_at(peer: PeerId, commit: Commit) -> None:
             try:
                 if commit.size != size:
                     raise CodecError(f"a contribution of {commit.size} bytes, expected {size}")
@@ -163,7 +176,11 @@ class SlicedPuller(Puller):
                 genuine[peer] = commit
             except PotluckError as error:
                 view.missing[peer] = f"{type(error).__name__}: {error}"
-        return genuine
+
+        async with asyncio.TaskGroup() as group:
+            for peer, commit in view.commits.items():
+                group.create_task(look_at(peer, commit))
+        return dict(sorted(genuine.items()))
 
     # ---- aggregating ----------------------------------------------------------------------------------------
 
@@ -173,7 +190,7 @@ class SlicedPuller(Puller):
         async def aggregate_and_tell(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
             if parts:
                 data = await self._aggregate(one, segment, parts)
-                told = Aggregated.of((one.commits[peer].blob for peer in parts), self._accusations)
+                told = Aggregated.of((name_of(one.commits[peer]) for peer in parts), self._accusations)
                 self._exchange.tell_slice(self._module, one.number, segment, told, data)
 
         self._exchange.begin_slices(self._module, one.number, mine)
@@ -281,22 +298,26 @@ class SlicedPuller(Puller):
 
     async def _take(self, one: _Round, peer: PeerId, until: float, late: bool) -> None:
         """The segments that `peer` aggregates for all. What does not come, or is no good, is pulled raw later."""
-        blobs = {each: commit.blob for each, commit in one.commits.items()}
+        names = {name_of(commit): each for each, commit in one.commits.items()}
+        least = fewest(len(names), self._rules.rule != "mean")
         window = asyncio.Semaphore(WINDOW)
 
         async def take(segment: int) -> None:
             async with window:
                 try:
                     told, data = await self._told(one, peer, segment, until, late)
-                    members = members_in(told, blobs)
+                    members = members_in(told, names, least)
                     digest = await self._in_thread(self._fill_and_hash, one, segment, data)
+                    one.told[segment] = members, digest
                 except PotluckError as error:
                     if peer not in one.failed:
                         what = f"{type(error).__name__}: {error}"
                         self._emit("swarm.slices.failed", round=one.number, peer=peer, segment=segment, error=what)
                     one.failed.add(peer)
                     return
-            one.told[segment] = members, digest
+                finally:
+                    if segment == one.drawn:
+                        one.drawn_settled.set()
             one.accused[peer] = told.accused
             one.members |= members
 
@@ -324,22 +345,30 @@ class SlicedPuller(Puller):
 
     # ---- checking others ------------------------------------------------------------------------------------
 
-    async def _evidence(
-        self, one: _Round, aggregating: asyncio.Task[None], until: float
-    ) -> dict[int, Mapping[PeerId, Contribution]]:
-        """Members' own of a segment drawn at random, if it is one that somebody else aggregates. Pulled behind those
-        that others wait for."""
+    def _to_check(self, owners: Sequence[PeerId], commits: int) -> int | None:
+        """A segment drawn at random, if it is one that somebody else aggregates."""
+        # A check costs g - 1 segments; the exchange of n costs 2 n (g - 1) / g.
+        segments, share = len(owners), CHECK_SHARE * 2 * len(owners) / commits
+        drawn = self._draw(max(segments, round(segments / share)))
+        unchecked = self.distrusted | {self._peer}
+        return drawn if drawn < segments and owners[drawn] not in unchecked else None
+
+    async def _evidence(self, one: _Round, until: float) -> dict[int, Mapping[PeerId, Contribution]]:
+        """Members' own of the segment to check. Asked for once its aggregator has given it: its own is among them, and
+        to who does not ask for that it could lie."""
         found: dict[int, Mapping[PeerId, Contribution]] = {}
 
         async def keep(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
             found[segment] = parts
 
-        # A check costs g - 1 segments; the exchange of n costs 2 n (g - 1) / g.
-        segments, share = len(one.owners), CHECK_SHARE * 2 * len(one.owners) / len(one.commits)
-        drawn = self._draw(max(segments, round(segments / share)))
-        if drawn < segments and one.owners[drawn] != self._peer:
-            await asyncio.wait([aggregating])
-            await self._raw([drawn], one.commits, until, keep)
+        if one.drawn is not None:
+            try:
+                async with asyncio.timeout(max(0.0, until - self._now())):
+                    await one.drawn_settled.wait()
+            except TimeoutError:
+                return found
+            if one.drawn in one.told:
+                await self._raw([one.drawn], one.commits, until, keep)
         return found
 
     async def _check(self, one: _Round, segment: int, raw: Mapping[PeerId, Contribution]) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
+from potluck.dht.records import Commit
 from potluck.errors import ProtocolError
 from potluck.net.host import PeerId
 from potluck.swarm.phases import Round
@@ -21,8 +22,7 @@ from potluck.swarm.phases import Round
 MAX_SEGMENTS: Final = 1 << 18
 MAX_MEMBERS: Final = 1024
 MAX_ACCUSED: Final = 4
-#: Of a blob's id.
-ID_BYTES: Final = 32
+NAME_BYTES: Final = 32
 
 PeerText = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Number = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SEGMENTS)]
@@ -39,15 +39,16 @@ class Accusation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Aggregated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A member's word about a segment that it aggregated.
 
-    `blobs`: ids of the contributions that are in it, 32 bytes each, ascending. `accused`: what others should check.
+    `counted`: names (`name_of`) of the commits whose contributions are in it, 32 bytes each, ascending. `accused`: what
+    others should check.
     """
 
-    blobs: Annotated[bytes, msgspec.Meta(max_length=ID_BYTES * MAX_MEMBERS)]
+    counted: Annotated[bytes, msgspec.Meta(max_length=NAME_BYTES * MAX_MEMBERS)]
     accused: Annotated[tuple[Accusation, ...], msgspec.Meta(max_length=MAX_ACCUSED)] = ()
 
     @classmethod
-    def of(cls, blobs: Iterable[str], accused: Iterable[Accusation]) -> Aggregated:
-        return cls(b"".join(map(bytes.fromhex, sorted(blobs))), tuple(accused))
+    def of(cls, counted: Iterable[bytes], accused: Iterable[Accusation]) -> Aggregated:
+        return cls(b"".join(sorted(counted)), tuple(accused))
 
     def head(self) -> dict[str, Any]:
         """As it goes over the wire."""
@@ -62,13 +63,19 @@ def parse_aggregated(head: Mapping[str, Any]) -> Aggregated:
     except msgspec.ValidationError as error:
         raise ProtocolError(f"no word about an aggregated segment: {error}") from None
     names = _names(told)
-    if names != sorted(set(names)) or len(told.blobs) % ID_BYTES:
+    if names != sorted(set(names)) or len(told.counted) % NAME_BYTES:
         raise ProtocolError("contributions that are not ascending")
     return told
 
 
-def _names(told: Aggregated) -> list[str]:
-    return [told.blobs[at : at + ID_BYTES].hex() for at in range(0, len(told.blobs), ID_BYTES)]
+def _names(told: Aggregated) -> list[bytes]:
+    return [told.counted[at : at + NAME_BYTES] for at in range(0, len(told.counted), NAME_BYTES)]
+
+
+def name_of(commit: Commit) -> bytes:
+    """Of what a commit's contribution and its weight follow from: who signs two commits to a blob, with other tokens,
+    has committed twice."""
+    return hashlib.sha256(f"potluck.counted.1 {commit.blob} {commit.tokens}".encode()).digest()
 
 
 def assign(segments: int, members: Collection[PeerId], round_: Round) -> list[PeerId]:
@@ -85,14 +92,19 @@ def assign(segments: int, members: Collection[PeerId], round_: Round) -> list[Pe
     return owners
 
 
-def members_in(told: Aggregated, commits: Mapping[PeerId, str]) -> frozenset[PeerId]:
-    """Whose contributions are in a segment. `commits`: blob by peer. Raises ProtocolError unless all of them were
-    committed to, and they are more than half of those that were."""
-    owners = {blob: peer for peer, blob in commits.items()}
+def fewest(commits: int, robust: bool) -> int:
+    """Of how many contributions at least a segment must be, where so many were committed to. A mean has most of them. A
+    rule that stands a share of liars has nearly all: of who leaves honest ones out, liars would be a larger share."""
+    return commits - max(1, commits // 8) if robust else commits // 2 + 1
+
+
+def members_in(told: Aggregated, names: Mapping[bytes, PeerId], least: int) -> frozenset[PeerId]:
+    """Whose contributions are in a segment. `names`: of commits. Raises ProtocolError unless all of them were committed
+    to, and they are `least` or more."""
     try:
-        members = frozenset(owners[name] for name in _names(told))
+        members = frozenset(names[name] for name in _names(told))
     except KeyError:
         raise ProtocolError("aggregated what nobody has committed to") from None
-    if 2 * len(members) <= len(commits):
-        raise ProtocolError(f"aggregated {len(members)} contributions of {len(commits)}")
+    if len(members) < least:
+        raise ProtocolError(f"aggregated {len(members)} contributions of {len(names)}, expected {least} or more")
     return members

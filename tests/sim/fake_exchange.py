@@ -23,7 +23,8 @@ Told = tuple[Aggregated, bytes]
 @dataclass
 class Faults:
     """What goes wrong for one peer. `hides_from`: peers that cannot fetch its blobs; `lie`: what it makes of the
-    segments that it aggregates; `mute`: it says nothing about them."""
+    segments that it aggregates; `two_faced`: only to those who have not asked it for its own of that segment, which it
+    waits for; `mute`: it says nothing about them."""
 
     hides_from: set[PeerId] = field(default_factory=set)
     down: bool = False
@@ -33,6 +34,8 @@ class Faults:
     garbage: bytes | None = None
     lie: Callable[[bytes], bytes] | None = None
     mute: bool = False
+    two_faced: bool = False
+    asked: set[tuple[PeerId, int]] = field(default_factory=set)
     latency_seconds: float = 0.01
 
 
@@ -119,6 +122,7 @@ class FakeExchange:
         else:
             blob, _ = await self._get(ref, [holder], timeout_seconds)
             self.world.received[self.peer] += len(indexes)
+        self.world.of(holder).asked |= {(self.peer, index) for index in indexes}
         for index in indexes:
             on_chunk(index, memoryview(blob)[index * self.chunk_bytes : (index + 1) * self.chunk_bytes])
 
@@ -129,10 +133,11 @@ class FakeExchange:
         for segment in segments:
             self._telling(self.peer, module, round_, segment)
         self._aggregates = segments
+        self.faults.asked.clear()
 
     def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: bytes) -> None:
         if not self.faults.mute:
-            served = self.faults.lie(data) if self.faults.lie else data
+            served = self.faults.lie(data) if self.faults.lie and not self.faults.two_faced else data
             self._telling(self.peer, module, round_, segment).set_result((told, served))
 
     def end_slices(self, module: str, round_: Round) -> None:
@@ -153,7 +158,11 @@ class FakeExchange:
         if told is None:
             raise RpcRemoteError("NothingTold", "nothing was aggregated")
         self.world.received[self.peer] += 1
-        return told[0], memoryview(told[1])
+        theirs, data = self.world.of(peer), told[1]
+        if theirs.two_faced and theirs.lie:
+            await asyncio.sleep(0.2)
+            data = data if (self.peer, segment) in theirs.asked else theirs.lie(data)
+        return told[0], memoryview(data)
 
     async def fetch_state(
         self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
@@ -162,6 +171,9 @@ class FakeExchange:
         return memoryview(blob), {holder: len(blob)}
 
     async def _get(self, ref: BlobRef, holders: Sequence[PeerId], timeout_seconds: float) -> tuple[bytes, PeerId]:
+        if self.faults.latency_seconds > timeout_seconds:
+            await asyncio.sleep(timeout_seconds)
+            raise BlobUnavailable("too slow")
         await asyncio.sleep(self.faults.latency_seconds)
         for holder in holders:
             theirs = self.world.of(holder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import sys
 from collections.abc import Awaitable, Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import looptime
+import msgspec
 import numpy as np
 import pytest
 
@@ -49,6 +51,7 @@ def simulate(body: Callable[[Swarm], Awaitable[None]], **made: Any) -> None:
         finally:
             for task in swarm.tasks.values():
                 task.cancel()
+            await asyncio.gather(*swarm.tasks.values(), return_exceptions=True)
 
     loop = looptime.new_event_loop(start=0)
     try:
@@ -100,7 +103,8 @@ def test_segments_of_who_is_silent_are_pulled_raw() -> None:
     simulate(body, rules=replace(RULES, sliced=True), codec="none")
 
 
-def test_who_lies_is_named_by_all_and_aggregates_no_more() -> None:
+@pytest.mark.parametrize("two_faced", [False, True])
+def test_who_lies_is_named_by_all_and_aggregates_no_more(two_faced: bool) -> None:
     def lie(blob: bytes) -> bytes:
         values = -np.frombuffer(blob, dtype="<f4")
         return values.tobytes()
@@ -108,18 +112,38 @@ def test_who_lies_is_named_by_all_and_aggregates_no_more() -> None:
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(number) for number in range(4)]
         liar = peers[1]
-        swarm.world.of(liar).lie = lie
-        await swarm.until(85.0)
+        swarm.world.of(liar).lie, swarm.world.of(liar).two_faced = lie, two_faced
+        await swarm.until(205.0)
         honest = [peer for peer in peers if peer != liar]
         named = {
             peer: {event["peer"] for event in swarm.events[peer] if event["event"] == "swarm.slices.lied"}
             for peer in honest
         }
         assert named == {peer: {liar} for peer in honest}
-        last = {swarm.applied(peer)[7]["digest"] for peer in honest}
+        last = {swarm.applied(peer)[19]["digest"] for peer in honest}
         assert len(last) == 1
 
     simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
+def test_who_commits_twice_with_other_tokens_gets_nobody_named() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(4)]
+        seen = swarm.replicas[peers[0]]._exchange.commits
+
+        async def others(*asked: Any) -> Any:
+            signed = await seen(*asked)
+            return [replace(one, record=twice(one.record)) if one.peer == peers[3] else one for one in signed]
+
+        swarm.replicas[peers[0]]._exchange.commits = others  # type: ignore[method-assign]
+        await swarm.until(85.0)
+        for peer in peers:
+            assert not any(event["event"] == "swarm.slices.lied" for event in swarm.events[peer])
+
+    def twice(commit: Any) -> Any:
+        return msgspec.structs.replace(commit, tokens=2 * commit.tokens)
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="none")
 
 
 def test_an_honest_one_is_never_named_and_a_false_accusation_harms_nobody() -> None:
@@ -154,10 +178,9 @@ def test_who_commits_to_anothers_bytes_is_left_out_and_the_other_counts() -> Non
         for peer in peers[:3]:
             assert swarm.applied(peer)[1]["group"] == tuple(peers[:3])
             assert thief in swarm.applied(peer)[1]["missing"]
+            assert not any(event["event"] == "swarm.slices.raw" for event in swarm.events[peer])
 
     def replace_commit(commit: Any, other: Any) -> Any:
-        import msgspec
-
         return msgspec.structs.replace(commit, blob=other.blob, size=other.size)
 
     simulate(body, rules=replace(RULES, sliced=True), codec="none")

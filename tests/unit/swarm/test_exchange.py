@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from potluck.errors import CapTooLow
-from potluck.net.blobs import BlobStore
+from potluck.errors import BlobError, CapTooLow
+from potluck.net.blobs import CHUNK_BYTES, BlobRef, BlobStore
+from potluck.net.host import PeerId
 from potluck.net.pace import Pace
 from potluck.swarm.exchange import NetworkExchange
 
@@ -29,6 +30,15 @@ def test_a_contribution_that_nobody_could_have_in_time_is_not_offered(tmp_path: 
     with pytest.raises(CapTooLow, match="raise the cap to 52 kB/s at least"):
         offer(tmp_path, 50_000, 100_000)
     assert not list(tmp_path.glob("*.blob"))
+
+
+def test_chunks_of_a_blob_here_that_has_another_size_are_refused(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 10**9)
+    ref = store.put(b"small")
+    exchange = NetworkExchange(None, None, store, 60.0, 3)  # type: ignore[arg-type]
+    wrong = BlobRef(ref.id, 5 * CHUNK_BYTES)
+    with pytest.raises(BlobError, match="does not have"):
+        asyncio.run(exchange.fetch_chunks(wrong, PeerId("p"), [3], 1.0, lambda index, data: None))
 
 
 @pytest.mark.parametrize("rate", [None, 60_000])

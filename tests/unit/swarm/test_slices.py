@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from potluck.errors import ProtocolError, RpcRemoteError, RpcTimeout
 from potluck.net.host import PeerId
 from potluck.swarm.phases import Round
-from potluck.swarm.slice_board import SliceBoard
-from potluck.swarm.slices import Accusation, Aggregated, assign, members_in, parse_aggregated
+from potluck.swarm.slice_board import MOST_WAITING_OF_PEER, SliceBoard
+from potluck.swarm.slices import Accusation, Aggregated, assign, fewest, members_in, parse_aggregated
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "net"))
 
@@ -25,7 +25,8 @@ from fake_net import network
 
 BLOB = "ab" * 32
 OTHER = "cd" * 32
-TOLD = Aggregated.of([OTHER, BLOB], [Accusation("p3", 4, 5)])
+NAMES = [bytes.fromhex(BLOB), bytes.fromhex(OTHER)]
+TOLD = Aggregated.of(NAMES[::-1], [Accusation("p3", 4, 5)])
 
 
 def members(count: int) -> list[PeerId]:
@@ -56,22 +57,22 @@ anything: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@given(st.fixed_dictionaries({}, optional={"blobs": anything, "accused": anything, "more": anything}))
+@given(st.fixed_dictionaries({}, optional={"counted": anything, "accused": anything, "more": anything}))
 def test_any_head_is_a_word_or_a_protocol_error(head: dict[str, Any]) -> None:
     try:
         told = parse_aggregated(head)
     except ProtocolError:
         return
-    assert len(told.blobs) % 32 == 0
+    assert len(told.counted) % 32 == 0
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"blobs": bytes.fromhex(OTHER + BLOB)},
-        {"blobs": bytes.fromhex(BLOB + BLOB)},
-        {"blobs": bytes(33)},
-        {"blobs": bytes(32 * 1025)},
+        {"counted": bytes.fromhex(OTHER + BLOB)},
+        {"counted": bytes.fromhex(BLOB + BLOB)},
+        {"counted": bytes(33)},
+        {"counted": bytes(32 * 1025)},
         {"accused": [["p", -1, 0]]},
         {"accused": TOLD.head()["accused"] * 5},
         {"extra": 1},
@@ -83,12 +84,19 @@ def test_malformed_words_are_refused(change: dict[str, Any]) -> None:
 
 
 def test_a_word_about_unknown_or_few_contributions_does_not_count() -> None:
-    p1, p2, p3, p4 = (PeerId(f"p{number}") for number in range(1, 5))
-    commits = {p1: BLOB, p2: OTHER, p3: "ef" * 32}
-    assert members_in(TOLD, commits) == {p1, p2}
-    for others in (commits | {p2: "01" * 32}, {p1: BLOB}, commits | {p4: "01" * 32}):
-        with pytest.raises(ProtocolError):
-            members_in(TOLD, others)
+    p1, p2, p3 = (PeerId(f"p{number}") for number in range(1, 4))
+    names = {NAMES[0]: p1, NAMES[1]: p2, b"c" * 32: p3}
+    assert members_in(TOLD, names, 2) == {p1, p2}
+    with pytest.raises(ProtocolError, match="nobody has committed"):
+        members_in(TOLD, {NAMES[0]: p1}, 1)
+    with pytest.raises(ProtocolError, match="2 contributions of 3, expected 3"):
+        members_in(TOLD, names, 3)
+
+
+@given(st.integers(1, 200))
+def test_a_robust_rule_has_nearly_all_and_a_mean_most(commits: int) -> None:
+    assert 2 * fewest(commits, robust=False) > commits
+    assert commits - max(1, commits / 8) <= fewest(commits, robust=True) <= commits
 
 
 @pytest.mark.parametrize("cap", [None, 2e6])
@@ -129,5 +137,17 @@ def test_who_asks_early_has_a_segment_as_soon_as_it_is_there(tmp_path: Path, cap
                 await ask(3, 0)
             with pytest.raises(RpcTimeout):
                 await ask(5, 0, seconds=0.05)
+            with pytest.raises(RpcRemoteError, match="NothingTold"):
+                await ask(2**62, 0)
+            waiting = [asyncio.create_task(ask(5, n)) for n in range(MOST_WAITING_OF_PEER)]
+            await asyncio.sleep(0.05)
+            with pytest.raises(RpcRemoteError, match="too many wait"):
+                await ask(5, 99)
+            other.forget("m", 4)  # the last one: nothing of the module is left to wait for
+            for one in waiting:
+                with pytest.raises(RpcRemoteError, match="NothingTold"):
+                    await one
+            with pytest.raises(RpcRemoteError, match="NothingTold"):
+                await ask(5, 0)
 
     asyncio.run(main())

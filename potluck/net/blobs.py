@@ -41,6 +41,7 @@ from potluck.errors import (
     UserError,
 )
 from potluck.net.host import PeerId
+from potluck.net.ranges import asked_range
 from potluck.net.rpc import Reply, Rpc
 
 log = logging.getLogger(__name__)
@@ -613,17 +614,13 @@ class BlobService:
     async def _get(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
         blob_id = self._revealed(head)
         index = head.get("index")
-        start, size = head.get("start", 0), head.get("size")
         if not isinstance(index, int):
             raise ProtocolError("blob.get without an index")
         try:
             chunk = self._store.chunk(blob_id, index)
         except IndexError as error:
             raise ProtocolError(str(error)) from error
-        size = len(chunk) - start if isinstance(start, int) and size is None else size
-        if not isinstance(start, int) or not isinstance(size, int) or not 0 <= start <= start + size <= len(chunk):
-            raise ProtocolError(f"blob.get of a part that a chunk of {len(chunk)} bytes does not have")
-        chunk = chunk[start : start + size]
+        chunk = asked_range(chunk, head)
         if self._store.is_lent(blob_id):
             return Reply({}, chunk, urgent=False)
         if head.get("alone"):

@@ -20,7 +20,7 @@ import numpy as np
 
 from potluck.net.host import PeerId
 from potluck.swarm.contribution import Contribution, Dense, Sparse
-from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.layout import Flat, Layout, slabs
 from potluck.swarm.robust import RULES, Rows
 
 #: What a manifest's `aggregation.rule` may be.
@@ -81,8 +81,7 @@ def aggregate(
     update = layout.zeros() if out is None else out
     slab = SPARSE_SLAB_VALUES if all(isinstance(one, Sparse) for one in group) else SLAB_VALUES
     for number, slot in enumerate(layout.slots):
-        for start in range(slot.offset, slot.offset + slot.size, slab):
-            part = slice(start, min(slot.offset + slot.size, start + slab))
+        for part in slabs(slot.range.start, slot.range.stop, slab):
             for one, of in zip(group, scales, strict=True):
                 one.add_to(update[part], part, of[number])
     return update

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from potluck.swarm.blocks import Blocks
 from potluck.swarm.compiled import FLOAT, FLOATS, INT, INT32S, INT64S, TO_FLOATS, UINT8S, compiled
 from potluck.swarm.exact import square_sum, tree_sum
-from potluck.swarm.layout import Flat
+from potluck.swarm.layout import Flat, slabs
 
 #: Values that are worked on together: they stay in the processor's cache.
 SLAB_VALUES: Final = 1 << 18
@@ -134,8 +134,7 @@ class Quantized:
 
     def read(self, into: Flat) -> None:
         """Writes all of them, (layout.size,)."""
-        for start in range(0, into.size, SLAB_VALUES):
-            part = slice(start, min(into.size, start + SLAB_VALUES))
+        for part in slabs(0, into.size, SLAB_VALUES):
             for one, begin, end, at in self._inside(part):
                 one.read(begin, end, into[part][at : at + end - begin])
 

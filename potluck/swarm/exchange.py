@@ -15,7 +15,7 @@ import numpy as np
 
 from potluck.dht.directory import Directory
 from potluck.dht.records import Commit, Replica, Signed, Weights
-from potluck.errors import BlobError, CapTooLow
+from potluck.errors import CapTooLow
 from potluck.net.blobs import CHUNK_BYTES, BlobId, BlobRef, BlobStore
 from potluck.net.fetch import FetchReport, fetch, fetch_chunks
 from potluck.net.host import PeerId
@@ -200,14 +200,15 @@ class NetworkExchange:
     async def fetch_chunks(
         self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], timeout_seconds: float, on_chunk: OnChunk
     ) -> None:
-        if self._store.has(ref.id):
-            if self._store.chunk_list(ref.id).size != ref.size:
-                raise BlobError(f"blob {ref.id[:12]} does not have {ref.size} bytes")
-            for index in indexes:
-                on_chunk(index, self._store.chunk(ref.id, index))
-            return
         await fetch_chunks(
-            self._rpc, ref, holder, indexes, timeout_seconds=timeout_seconds, on_chunk=on_chunk, room=self._room
+            self._rpc,
+            ref,
+            holder,
+            indexes,
+            timeout_seconds=timeout_seconds,
+            on_chunk=on_chunk,
+            room=self._room,
+            store=self._store,
         )
 
     def begin_slices(self, module: str, round_: Round, segments: Sequence[int]) -> None:

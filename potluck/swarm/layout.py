@@ -7,7 +7,7 @@ peers agree on what index 12,345 means without saying so. Equal layouts have equ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +32,12 @@ class Slot:
     @property
     def range(self) -> slice:
         return slice(self.offset, self.offset + self.size)
+
+
+def slabs(begin: int, end: int, width: int) -> Iterator[slice]:
+    """`begin` to `end` in parts of `width`, of which the last may be shorter."""
+    for start in range(begin, end, width):
+        yield slice(start, min(end, start + width))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from potluck.swarm.exchange import Exchange
 from potluck.swarm.fragments import decode_fragment, fragment_bytes
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.ownership import MARK_BYTES, owned_by
-from potluck.swarm.parts import parts_of
+from potluck.swarm.parts import Part, parts_of
 from potluck.swarm.phases import Round, RoundClock
 
 #: A group may be this much larger than planned (estimates of the swarm's size lag behind) before members are left out.
@@ -45,6 +45,10 @@ class View:
     def counted(self) -> list[PeerId]:
         """Whose contributions count, in peer-id order."""
         return sorted((self.aggregated if self.update is not None else self.contributions.keys()) & self.commits.keys())
+
+    def leave_out(self, peer: PeerId, error: PotluckError) -> None:
+        """Note why a contribution is missing."""
+        self.missing[peer] = f"{type(error).__name__}: {error}"
 
     def keep(self, members: Collection[PeerId]) -> None:
         """Forget everybody else."""
@@ -172,32 +176,32 @@ class Puller:
     ) -> None:
         holders = (peer, *(m for m in members if m != peer))
         try:
-            layout = self._parts[commit.round % len(self._parts)].layout
-            blob = await self._exchange.fetch(
-                BlobRef(BlobId(commit.blob), commit.size),
-                holders,
-                MARK_BYTES + self._codec.max_bytes(layout),
-                max(0.05, pull_by - self._now()),
-                may_come=not late,
-            )
-            own = owned_by(blob, peer, self._module, Round(commit.round))
-            view.contributions[peer] = await self._in_thread(self._codec.decode, own, layout)
+            own = await self._own_blob(peer, commit, holders, pull_by, may_come=not late)
+            view.contributions[peer] = await self._in_thread(self._codec.decode, own, self._part_of(commit).layout)
             view.missing.pop(peer, None)
             if drift and peer != self._peer:
                 await self._pull_fragment(peer, commit, holders, pull_by, view)
         except PotluckError as error:  # a full disk, too: others decide how much there is to store
-            view.missing[peer] = f"{type(error).__name__}: {error}"
+            view.leave_out(peer, error)
+
+    async def _own_blob(
+        self, peer: PeerId, commit: Commit, holders: Sequence[PeerId], until: float, may_come: bool
+    ) -> memoryview:
+        """What a peer's codec made, without the mark. Raises PotluckError."""
+        most = MARK_BYTES + self._codec.max_bytes(self._part_of(commit).layout)
+        ref, left = BlobRef(BlobId(commit.blob), commit.size), max(0.05, until - self._now())
+        blob = await self._exchange.fetch(ref, holders, most, left, may_come=may_come)
+        return owned_by(blob, peer, self._module, Round(commit.round))
+
+    def _part_of(self, commit: Commit) -> Part:
+        return self._parts[commit.round % len(self._parts)]
 
     async def chase(self, view: View, until: float, came: Callable[[PeerId], None]) -> None:
         """Fetch what did not come in time, for whoever catches up on its round; `came` hears of each that is had."""
 
         async def one(peer: PeerId, commit: Commit) -> None:
             try:
-                layout = self._parts[commit.round % len(self._parts)].layout
-                most = MARK_BYTES + self._codec.max_bytes(layout)
-                ref, left = BlobRef(BlobId(commit.blob), commit.size), max(0.05, until - self._now())
-                blob = await self._exchange.fetch(ref, [peer], most, left, may_come=False)
-                owned_by(blob, peer, self._module, Round(commit.round))
+                await self._own_blob(peer, commit, [peer], until, may_come=False)
                 came(peer)
             except PotluckError:
                 pass  # as its round said

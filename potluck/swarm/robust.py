@@ -20,17 +20,16 @@ median counts heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from potluck.swarm.contribution import SLAB_VALUES
 from potluck.swarm.exact import square_sum
-from potluck.swarm.layout import Flat
+from potluck.swarm.layout import Flat, slabs
 
-#: Rows of a slab for 16 contributions take 16 MiB.
-SLAB_VALUES: Final = 1 << 18
 #: Weiszfeld's and centered clipping's steps: after so few the update hardly moves any more.
 STEPS: Final = 4
 #: Of Weiszfeld: a distance counts as this part of the median one at least.
@@ -41,11 +40,6 @@ Rows = npt.NDArray[np.float32]
 #: Gives the rows of one slab of the flat vector.
 Slab = Callable[[slice], Rows]
 Rule = Callable[[Slab, int, Sequence[float], float], Flat]
-
-
-def slabs(size: int) -> Iterator[slice]:
-    for start in range(0, size, SLAB_VALUES):
-        yield slice(start, min(size, start + SLAB_VALUES))
 
 
 def mean_of(rows: Rows, weights: Sequence[float]) -> Flat:
@@ -62,7 +56,7 @@ def trimmed_mean(slab: Slab, size: int, weights: Sequence[float], liars: float) 
     """Counts heads: who is trimmed differs from coordinate to coordinate."""
     n, update = len(weights), np.empty(size, dtype=np.float32)
     b = min(int(liars * n), (n - 1) // 2)
-    for part in slabs(size):
+    for part in slabs(0, size, SLAB_VALUES):
         rows = np.sort(slab(part), axis=0)[b : n - b]
         update[part] = mean_of(rows, [1.0] * len(rows))
     return update
@@ -71,7 +65,7 @@ def trimmed_mean(slab: Slab, size: int, weights: Sequence[float], liars: float) 
 def median(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Flat:
     """Of an even number the mean of both middle ones."""
     n, update = len(weights), np.empty(size, dtype=np.float32)
-    for part in slabs(size):
+    for part in slabs(0, size, SLAB_VALUES):
         middle = np.sort(slab(part), axis=0)[(n - 1) // 2 : n // 2 + 1]
         update[part] = mean_of(middle, [1.0] * len(middle))
     return update
@@ -86,7 +80,7 @@ def geometric_median(slab: Slab, size: int, weights: Sequence[float], liars: flo
         if least == 0.0:  # most are where we are
             return update
         factors = [weight / max(distance, least) for weight, distance in zip(weights, away, strict=True)]
-        for part in slabs(size):
+        for part in slabs(0, size, SLAB_VALUES):
             update[part] = mean_of(slab(part), factors)
     return update
 
@@ -100,7 +94,7 @@ def centered_clip(slab: Slab, size: int, weights: Sequence[float], liars: float)
             weight / total * (most / distance if distance > most else 1.0)
             for weight, distance in zip(weights, away, strict=True)
         ]
-        for part in slabs(size):
+        for part in slabs(0, size, SLAB_VALUES):
             centre = update[part].copy()
             for row, factor in zip(slab(part), factors, strict=True):
                 update[part] += (row - centre) * np.float32(factor)
@@ -111,7 +105,7 @@ def nearest(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Fl
     n = len(weights)
     kept = n - min(int(liars * n), (n - 1) // 2)
     away = np.zeros((n, n))
-    for part in slabs(size):
+    for part in slabs(0, size, SLAB_VALUES):
         rows = slab(part)
         for one in range(n):
             for other in range(one):
@@ -122,7 +116,7 @@ def nearest(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Fl
     near = set(order[min(range(n), key=lambda one: (spread[one], one))].tolist())
     chosen = [weight if one in near else 0.0 for one, weight in enumerate(weights)]
     update = np.empty(size, dtype=np.float32)
-    for part in slabs(size):
+    for part in slabs(0, size, SLAB_VALUES):
         update[part] = mean_of(slab(part), chosen)
     return update
 
@@ -139,7 +133,7 @@ RULES: Final[Mapping[str, Rule]] = {
 def distances(slab: Slab, size: int, n: int, point: Flat) -> list[float]:
     """Euclidean, of each contribution from a point."""
     squares = [0.0] * n
-    for part in slabs(size):
+    for part in slabs(0, size, SLAB_VALUES):
         for number, row in enumerate(slab(part)):
             squares[number] += square_sum(row - point[part])
     return [math.sqrt(one) for one in squares]

@@ -11,6 +11,7 @@ import msgspec
 
 from potluck.errors import NetworkError, ProtocolError
 from potluck.net.host import PeerId
+from potluck.net.ranges import asked_range, call_by_ranges
 from potluck.net.rpc import Reply, Rpc
 from potluck.swarm.slices import Aggregated, parse_aggregated
 
@@ -82,25 +83,11 @@ class SliceBoard:
     async def ask(
         self, peer: PeerId, module: str, round_: int, segment: int, into: memoryview, timeout_seconds: float
     ) -> Aggregated:
-        """A segment that `peer` aggregates, into a buffer of exactly its size, as soon as it is there. Under a download
-        cap part by part. Raises NetworkError or ProtocolError."""
+        """A segment that `peer` aggregates, into a buffer of exactly its size, as soon as it is there. Raises
+        NetworkError or ProtocolError."""
         deadline = asyncio.get_running_loop().time() + timeout_seconds
-        start, word = 0, None
-        while word is None or start < len(into):
-            part = into[start : start + self._rpc.download.ask_bytes]
-            reply = await self._rpc.call(
-                peer,
-                METHOD,
-                {"module": module, "round": round_, "segment": segment, "start": start, "size": len(part)},
-                timeout_seconds=max(0.0, deadline - asyncio.get_running_loop().time()),
-                lane="bulk",
-                into=part,
-            )
-            if len(reply.body) != len(part):
-                raise ProtocolError(f"sent {len(reply.body)} bytes for {len(part)} of segment {segment}")
-            word = parse_aggregated(reply.head)
-            start += len(part)
-        return word
+        head = {"module": module, "round": round_, "segment": segment}
+        return parse_aggregated(await call_by_ranges(self._rpc, peer, METHOD, head, into, deadline))
 
     async def _answer(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
         try:
@@ -116,10 +103,7 @@ class SliceBoard:
             self._waiting[peer] -= 1
             if not self._waiting[peer]:
                 del self._waiting[peer]
-        stop = asked.start + asked.size
-        if stop > len(told.data):
-            raise ProtocolError(f"a part that a segment of {len(told.data)} bytes does not have")
-        return Reply(told.word.head(), memoryview(told.data)[asked.start : stop])
+        return Reply(told.word.head(), asked_range(memoryview(told.data), head))
 
     async def _told(self, module: str, round_: int, segment: int) -> _Told:
         # Others' clocks may be ahead of ours.

@@ -61,6 +61,8 @@ class _Round:
     number: Round
     commits: Mapping[PeerId, Commit]
     owners: Sequence[PeerId]
+    #: Whose commit each name (`name_of`) is.
+    names: Mapping[bytes, PeerId]
     update: Flat
     #: Segments that are in `update`.
     filled: set[int] = field(default_factory=set)
@@ -94,10 +96,9 @@ class SlicedPuller(Puller):
         self._accusations: deque[Accusation] = deque(maxlen=MAX_ACCUSED)
         self._looked_into: deque[Accusation] = deque(maxlen=64)
         self._past: deque[_Round] = deque(maxlen=KEPT_ROUNDS)
-        width, size = self._dense.segment_values, self._layout.size
-        self._ranges = [slice(at, min(size, at + width)) for at in range(0, size, width)]
+        self._ranges = list(self._dense.parts(self._layout.size))
         self._layouts = [self._layout.cut(part.start, part.stop) for part in self._ranges]
-        self._scratch = Recycled(width)
+        self._scratch = Recycled(self._dense.segment_values)
 
     async def pull(
         self,
@@ -121,7 +122,9 @@ class SlicedPuller(Puller):
         if not commits:
             return False
         owners = await self._in_thread(assign, len(self._ranges), commits, round_)
-        one = _Round(round_, commits, owners, self._vectors.any(), drawn=self._to_check(owners, len(commits)))
+        names = {name_of(commit): peer for peer, commit in commits.items()}
+        drawn = self._to_check(owners, len(commits))
+        one = _Round(round_, commits, owners, names, self._vectors.any(), drawn=drawn)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._aggregate_mine(one, raw_by, view))
             for peer in set(one.owners) - self.distrusted - {self._peer}:
@@ -175,7 +178,7 @@ class SlicedPuller(Puller):
                     owned_by(tail, peer, self._module, Round(commit.round))
                 genuine[peer] = commit
             except PotluckError as error:
-                view.missing[peer] = f"{type(error).__name__}: {error}"
+                view.leave_out(peer, error)
 
         async with asyncio.TaskGroup() as group:
             for peer, commit in view.commits.items():
@@ -190,7 +193,8 @@ class SlicedPuller(Puller):
         async def aggregate_and_tell(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
             if parts:
                 data = await self._aggregate(one, segment, parts)
-                told = Aggregated.of((name_of(one.commits[peer]) for peer in parts), self._accusations)
+                counted = (name for name, peer in one.names.items() if peer in parts)
+                told = Aggregated.of(counted, self._accusations)
                 self._exchange.tell_slice(self._module, one.number, segment, told, data)
 
         self._exchange.begin_slices(self._module, one.number, mine)
@@ -216,11 +220,11 @@ class SlicedPuller(Puller):
             if peer in awaited[segment]:
                 awaited[segment].remove(peer)
                 if not awaited[segment]:
-                    group.create_task(then(segment, dict(sorted(parts.pop(segment).items()))))
+                    group.create_task(then(segment, parts.pop(segment)))
 
         def failed(peer: PeerId, error: PotluckError) -> None:
             if view is not None:
-                view.missing[peer] = f"{type(error).__name__}: {error}"
+                view.leave_out(peer, error)
 
         async def get(peer: PeerId, commit: Commit) -> None:
             def came(segment: int, data: memoryview) -> None:
@@ -298,15 +302,14 @@ class SlicedPuller(Puller):
 
     async def _take(self, one: _Round, peer: PeerId, until: float, late: bool) -> None:
         """The segments that `peer` aggregates for all. What does not come, or is no good, is pulled raw later."""
-        names = {name_of(commit): each for each, commit in one.commits.items()}
-        least = fewest(len(names), self._rules.rule != "mean")
+        least = fewest(len(one.names), self._rules.rule != "mean")
         window = asyncio.Semaphore(WINDOW)
 
         async def take(segment: int) -> None:
             async with window:
                 try:
                     told, data = await self._told(one, peer, segment, until, late)
-                    members = members_in(told, names, least)
+                    members = members_in(told, one.names, least)
                     digest = await self._in_thread(self._fill_and_hash, one, segment, data)
                     one.told[segment] = members, digest
                 except PotluckError as error:
@@ -395,8 +398,5 @@ class SlicedPuller(Puller):
         if told is None or one.owners[accusation.segment] != accused:
             return
         self._looked_into.append(accusation)
-
-        async def check(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
-            await self._check(one, segment, parts)
-
-        await self._raw([accusation.segment], {peer: one.commits[peer] for peer in told[0]}, until, check)
+        commits = {peer: one.commits[peer] for peer in told[0]}
+        await self._raw([accusation.segment], commits, until, partial(self._check, one))

@@ -18,6 +18,7 @@ import numpy as np
 from potluck.errors import StateError
 from potluck.net.blobs import BlobId, BlobRef, ChunkList
 from potluck.net.host import PeerId
+from potluck.swarm.exact import all_finite
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.phases import Round
 
@@ -96,7 +97,7 @@ def parse_state(blob: memoryview, module: str, layout: Layout, has_velocity: boo
     if (magic, name, size, flags) != (MAGIC, _name(module, layout), layout.size, int(has_velocity)):
         raise StateError("the state belongs to another module, layout or version")
     values = np.frombuffer(blob, dtype="<f4", offset=_HEADER.size)
-    if not np.isfinite(values).all():
+    if not all_finite(values):
         raise StateError("the state holds values that are not finite")
     velocity = values[layout.size :] if has_velocity else None
     return ReplicaState(module, layout, Round(round_), values[: layout.size], velocity, history)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from potluck.dht.template import template_toml
-from potluck.peer.party import Party
+from potluck.peer.party import Member, Party
 
 #: Small and quick: a third of the demo's model, so that a round fits into a few seconds on busy cores.
 TINY = {
@@ -63,6 +63,11 @@ def write_manifest(folder: Path, **changed: Any) -> Path:
     path = folder / "run.toml"
     path.write_text(template_toml("demo", "test", settings))
     return path
+
+
+def digests(member: Member) -> dict[int, str]:
+    """What a member held after each round, when it applied that first."""
+    return {event["round"]: event["digest"] for event in reversed(member.applied)}
 
 
 def run_party(body: Callable[[Party], Awaitable[None]]) -> None:

@@ -6,15 +6,11 @@ import asyncio
 
 import pytest
 
-from potluck.peer.party import Member, Party
+from potluck.peer.party import Party
 
-from real import run_party, write_manifest
+from real import digests, run_party, write_manifest
 
 pytestmark = pytest.mark.slow
-
-
-def digests(member: Member) -> dict[int, str]:
-    return {event["round"]: event["digest"] for event in member.applied}
 
 
 def test_members_aggregate_for_each_other_and_a_killed_one_costs_nobody_the_state() -> None:

@@ -17,17 +17,13 @@ from potluck.peer.control import ask
 from potluck.peer.history import Heard, History
 from potluck.peer.party import Member, Party
 
-from real import potluck, processes_of, run_party, short_folder, sockets_of, write_manifest
+from real import digests, potluck, processes_of, run_party, short_folder, sockets_of, write_manifest
 
 pytestmark = pytest.mark.slow
 
 
 def rounds_of(member: Member) -> list[int]:
     return [event["round"] for event in member.applied]
-
-
-def digest_after(member: Member, round_: int) -> str | None:
-    return next((e["digest"] for e in member.applied if e["round"] == round_), None)
 
 
 def heard(member: Member) -> dict[str, Heard]:
@@ -65,7 +61,7 @@ def test_peers_train_to_identical_parameters_and_the_model_is_exported() -> None
         common = set(rounds_of(organizer)) & set(rounds_of(worker))
         assert len(common) >= 3
         for number in common:
-            assert digest_after(organizer, number) == digest_after(worker, number)
+            assert digests(organizer).get(number) == digests(worker).get(number)
         assert organizer.last["loss"] < organizer.applied[0]["loss"]
 
         model = party.root / "model"
@@ -107,8 +103,8 @@ def test_late_joiner_takes_the_state_from_several_donors_though_one_dies_meanwhi
         assert loaded["donors"] >= 2, loaded
         await party.until("a contribution", lambda: bool(joiner.last and joiner.last["contributed"]), 60)
         await party.leave_all([organizer, donors[1], joiner])
-        together = [e for e in joiner.applied if digest_after(organizer, e["round"])]
-        assert together and together[-1]["digest"] == digest_after(organizer, together[-1]["round"])
+        together = [e for e in joiner.applied if digests(organizer).get(e["round"])]
+        assert together and together[-1]["digest"] == digests(organizer).get(together[-1]["round"])
 
     run_party(body)
 
@@ -139,8 +135,8 @@ def test_with_everybody_else_frozen_a_peer_keeps_its_clock_and_says_it_is_alone(
 
         def agreed() -> bool:
             """On busy cores a pull may miss somebody once more; then the next round heals it."""
-            digests = [{digest_after(m, r) for m in party.members} for r in range(again, organizer.last["round"] + 1)]
-            return any(len(seen) == 1 and None not in seen for seen in digests)
+            held = [{digests(m).get(r) for m in party.members} for r in range(again, organizer.last["round"] + 1)]
+            return any(len(seen) == 1 and None not in seen for seen in held)
 
         await party.until("identical parameters again", agreed, 60)
         await party.leave_all(party.members)

@@ -26,6 +26,7 @@ from typing import Final
 import numpy as np
 
 from potluck.swarm.codecs.sparse import Chunks, SparseCodec
+from potluck.swarm.contribution import SLAB_VALUES
 from potluck.swarm.layout import Flat, Layout, Slot
 
 MOST_SIDE: Final = 64
@@ -33,8 +34,6 @@ BASIS_BITS: Final = 22
 COEFFICIENT_BITS: Final = 23
 #: Two leave 3 % more error than fifty.
 LLOYD_STEPS: Final = 2
-#: Values transformed together, about.
-SLAB_VALUES: Final = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from potluck.errors import CodecError
-from potluck.swarm.contribution import SLAB_VALUES
+from potluck.swarm.exact import within
 from potluck.swarm.layout import Layout
 
 MAGIC = b"PLC3"
@@ -47,8 +47,6 @@ class Reader:
 
 
 def check_bounded(codec: str, values: np.ndarray) -> None:
-    """Raises CodecError unless every value is finite and at most MAX_MAGNITUDE (NaN fails the comparison)."""
-    for start in range(0, values.size, SLAB_VALUES):
-        part = values[start : start + SLAB_VALUES]
-        if not (part.min() >= -MAX_MAGNITUDE and part.max() <= MAX_MAGNITUDE):
-            raise CodecError(f"{codec}: a value is not finite or larger than {MAX_MAGNITUDE:g}")
+    """`values`: float32. Raises CodecError unless every one is finite and at most MAX_MAGNITUDE."""
+    if not within(values, MAX_MAGNITUDE):
+        raise CodecError(f"{codec}: a value is not finite or larger than {MAX_MAGNITUDE:g}")

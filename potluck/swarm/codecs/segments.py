@@ -15,7 +15,7 @@ from potluck.net.blobs import CHUNK_BYTES
 from potluck.swarm.codecs import Codec
 from potluck.swarm.codecs.frame import TRAILER_BYTES, payload, trailer
 from potluck.swarm.contribution import Contribution
-from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.layout import Flat, Layout, slabs
 
 SEGMENT_BYTES: Final = CHUNK_BYTES
 
@@ -44,7 +44,7 @@ class DenseCodec(Codec, ABC):
 
     def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
         pieces = []
-        for part in self._parts(layout.size):
+        for part in self.parts(layout.size):
             pieces += self.encode_parts(delta[part])
             if part.stop < layout.size:
                 pieces.append(bytes(SEGMENT_BYTES - self.segment_bytes(self.segment_values)))
@@ -58,7 +58,7 @@ class DenseCodec(Codec, ABC):
         """Each segment's bytes, and how many values it has. Raises CodecError if what is around them is not as it must
         be."""
         view = payload(blob, self.name, layout, self.max_bytes(layout) - TRAILER_BYTES)
-        for number, part in enumerate(self._parts(layout.size)):
+        for number, part in enumerate(self.parts(layout.size)):
             values, start = part.stop - part.start, number * SEGMENT_BYTES
             end = start + self.segment_bytes(values)
             if any(view[end : start + SEGMENT_BYTES]) and part.stop < layout.size:
@@ -75,6 +75,6 @@ class DenseCodec(Codec, ABC):
         if len(data) != self.segment_bytes(values):
             raise CodecError(f"{self.name}: a segment of {len(data)} bytes, expected {self.segment_bytes(values)}")
 
-    def _parts(self, size: int) -> Iterator[slice]:
-        for start in range(0, size, self.segment_values):
-            yield slice(start, min(size, start + self.segment_values))
+    def parts(self, size: int) -> Iterator[slice]:
+        """The values of each segment, of `size` in all."""
+        return slabs(0, size, self.segment_values)

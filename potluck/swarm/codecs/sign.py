@@ -22,7 +22,7 @@ from potluck.swarm.codecs.bits import bits_bytes, check_padding
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE, TRAILER_BYTES, Reader, payload, trailer
 from potluck.swarm.codecs.residual import blend
 from potluck.swarm.contribution import SLAB_VALUES, Contribution, Quantized
-from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.layout import Flat, Layout, slabs
 
 
 class SignCodec(Codec):
@@ -38,8 +38,7 @@ class SignCodec(Codec):
         negative, sizes = np.empty(layout.size, dtype=np.bool_), np.zeros(len(layout.slots))
         scratch = np.empty(SLAB_VALUES, dtype=np.float32)
         for number, slot in enumerate(layout.slots):
-            for start in range(slot.offset, slot.offset + slot.size, SLAB_VALUES):
-                part = slice(start, min(slot.offset + slot.size, start + SLAB_VALUES))
+            for part in slabs(slot.range.start, slot.range.stop, SLAB_VALUES):
                 update = scratch[: part.stop - part.start]
                 np.copyto(update, (delta if residual is None else residual)[part])
                 if residual is not None:

@@ -1,0 +1,43 @@
+"""A body that is asked for range by range, where a download cap would make the whole of it come at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from potluck.errors import BlobError, ProtocolError
+from potluck.net.host import PeerId
+from potluck.net.rpc import Rpc
+
+
+async def call_by_ranges(
+    rpc: Rpc, peer: PeerId, method: str, head: Mapping[str, Any], into: memoryview, deadline: float
+) -> dict[str, Any]:
+    """Fill `into`, which is not empty, with exactly as many bytes, until `deadline` (of the loop's clock). Each request
+    has the `start` and `size` of its range, in bytes. Gives the last answer's head. Raises as `Rpc.call` does, and
+    BlobError for another number of bytes."""
+    loop, most, answered = asyncio.get_running_loop(), rpc.download.ask_bytes, dict[str, Any]()
+    for start in range(0, len(into), most):
+        part = into[start : start + most]
+        reply = await rpc.call(
+            peer,
+            method,
+            {**head, "start": start, "size": len(part)},
+            timeout_seconds=max(0.0, deadline - loop.time()),
+            lane="bulk",
+            into=part,
+        )
+        if len(reply.body) != len(part):
+            raise BlobError(f"sent {len(reply.body)} bytes for {len(part)}")
+        answered = reply.head
+    return answered
+
+
+def asked_range(data: memoryview, head: Mapping[str, Any]) -> memoryview:
+    """The range of `data` that a request asks for: all of it, without `start` and `size`. Raises ProtocolError."""
+    start, size = head.get("start", 0), head.get("size")
+    size = len(data) - start if isinstance(start, int) and size is None else size
+    if not isinstance(start, int) or not isinstance(size, int) or not 0 <= start <= start + size <= len(data):
+        raise ProtocolError(f"a range that a body of {len(data)} bytes does not have")
+    return data[start : start + size]

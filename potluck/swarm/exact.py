@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from potluck.swarm.compiled import FLOATS, INT, INT32S, MAGNITUDE, TO_DOUBLES, compiled
+from potluck.swarm.compiled import FLOATS, INFINITE, INT, INT32S, MAGNITUDE, TO_DOUBLES, compiled
 
 #: Sums that are kept side by side: they and their summands stay in the processor's cache.
 LANES: Final = 1 << 15
@@ -44,14 +44,9 @@ def square_sum(values: npt.NDArray[np.float32]) -> float:
     return tree_sum(lanes)
 
 
-def within(values: npt.NDArray[np.float32], most: float) -> bool:
-    """Whether no magnitude of `values`, C-contiguous, is above `most`, or no number at all."""
-    return _largest_magnitude(values.reshape(-1).view(np.int32)) <= int(np.float32(most).view(np.int32))
-
-
 def all_finite(values: npt.NDArray[np.float32]) -> bool:
     """Whether none of them, C-contiguous, is infinite or no number."""
-    return within(values, float(np.finfo(np.float32).max))
+    return _largest_magnitude(values.view(np.int32)) < INFINITE
 
 
 def norm(values: npt.NDArray[np.float32]) -> float:

@@ -15,6 +15,10 @@ its daemon included; ours count everything from the round's start to its end, fi
 peer's line received on the shaped link, headers and what lies between two syncs included (on loopback what the RPC
 layer counted, ours only). First syncs are not told (`--warm`): connections and vectors are new then.
 
+`bare` (not with `--quick`) is what the daemons and the lines would allow: plain libp2p streams from each peer to each
+carry the bytes of a sliced round (of `none` on loopback, of `int8` on the lines), with nothing to compute or to wait
+for: `bare_speedup` (beside hivemind's float32) and `bare_shaped_ratio`.
+
 The last line is JSON; ratios are hivemind's over ours, of medians over syncs: `int8_*` against its uniform 8 bit,
 `none_*` against its float32, `sparse_*` against its 8 bit on the shaped line. `shaped_ratio`: the bytes that `int8`
 received over its seconds, as a part of the line's rate. Goals: int8 and none 3 times as fast at half the CPU on
@@ -52,6 +56,8 @@ RUN: Final = "a" * 52
 SIDE: Final = 1000
 OURS: Final = {"none": ("none", True), "int8": ("int8", True), "sparse": ("sparse", False)}
 THEIRS: Final = ("float32", "float16", "uniform8")
+#: Bare streams: bytes a parameter of the way that they stand for, by network.
+BARE: Final = {"loopback": 4.0, "shaped": 1.02}
 console = Console(stderr=True)
 
 
@@ -228,6 +234,28 @@ class OurPeer:
         exchange.close()
         return told[asked["warm"] :]
 
+    async def bare(self, asked: dict[str, Any]) -> list[dict[str, Any]]:
+        """As many bytes as a sliced round moves, from each to each at once, with nothing to compute or to wait for."""
+        from hivemind.p2p import PeerID
+        from transfer import RAW, RawReader, serve_raw
+
+        data = memoryview(os.urandom(asked["bytes"]))
+        await self.node.host.add_binary_stream_handler(RAW, lambda _, *ends: serve_raw(data, *ends))
+        await asyncio.sleep(asked["genesis"] - time.time())
+        others = [PeerID.from_base58(peer) for peer in await self.node.connected()]
+        streams = [(await self.node.host.call_binary_stream_handler(other, RAW))[2] for other in others]
+        readers = [RawReader(writer) for writer in streams]
+        told = []
+        for number in range(asked["warm"] + asked["syncs"]):
+            await asyncio.sleep(asked["genesis"] + (number + 1) * asked["seconds"] - time.time())
+            before, began = cpu_of_processes(), time.perf_counter()
+            await asyncio.gather(*(reader.request(b"x", len(data)) for reader in readers))
+            seconds, after = time.perf_counter() - began, cpu_of_processes()
+            told.append({"seconds": seconds, "cpu": sum(after) - sum(before), "group": 1 + len(others)})
+        for reader in readers:
+            reader.close()
+        return told[asked["warm"] :]
+
     async def close(self) -> None:
         from potluck.dht.node import stop_dht
 
@@ -264,7 +292,7 @@ class TheirPeer:
             target_group_size=asked["peers"],
             min_group_size=asked["peers"],
             compression=kinds[asked["way"]],
-            min_matchmaking_time=2.0,
+            min_matchmaking_time=1.0,
             request_timeout=5.0,
         )
         told = []
@@ -304,6 +332,8 @@ async def serve_ours(home: Path) -> None:
                 say("met")
             case "ours":
                 say(await ours.average(asked))
+            case "bare":
+                say(await ours.bare(asked))
             case "close ours":
                 await ours.close()
                 say("closed")
@@ -444,6 +474,11 @@ class Group:
         row["one_state"] = all(len({peer[n]["digest"] for peer in told}) == 1 for n in range(syncs))
         return row
 
+    def bare(self, size: int, syncs: int, warm: int, seconds: float) -> dict[str, Any]:
+        before = self.received() if self.received else None
+        asked = {"bytes": size, "syncs": syncs, "warm": warm, "seconds": seconds}
+        return self._row("bare", self.all("bare", genesis=time.time() + 0.5, **asked), before, syncs, warm)
+
     def theirs(self, way: str, millions: int, syncs: int, warm: int) -> dict[str, Any]:
         before = self.received() if self.received else None
         for worker in self.workers:
@@ -527,7 +562,11 @@ def measure(
     rows = {}
     group.open()
     for way, seconds in ours.items():
-        rows[way] = group.ours(way, millions, *counts(way), seconds)
+        if way == "bare":
+            size = int(2e6 * millions * BARE["shaped" if group.received else "loopback"] / len(group.workers))
+            rows[way] = group.bare(size, *counts(way), seconds)
+        else:
+            rows[way] = group.ours(way, millions, *counts(way), seconds)
     group.all("close ours")
     if theirs:
         group.open_theirs()
@@ -543,7 +582,7 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
     for way, row in rows.items():
         parts = " + ".join(f"{each:.2f}" for each in row["parts"].values()) if "parts" in row else ""
         size = row["line_mb"] or row.get("counted_mb")
-        name = f"Potluck {way}" if way in OURS else f"hivemind {way}"
+        name = "bare streams" if way == "bare" else f"Potluck {way}" if way in OURS else f"hivemind {way}"
         finding = f"{row['finding']:.2f}" if "finding" in row else ""
         table.add_row(name, f"{row['seconds']:.2f}", parts, finding, f"{row['cpu']:.2f}", f"{size:.2f}" if size else "")
     console.print(table)
@@ -562,6 +601,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     home = Path(tempfile.mkdtemp(prefix="pla", dir="/tmp"))
+    # What hivemind's processes leave behind goes with it.
+    os.environ["TMPDIR"], tempfile.tempdir = str(home), None
     imports(home)
     millions = 8 if options.quick else options.parameters
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -569,26 +610,32 @@ def main() -> None:
     def counts(way: str) -> tuple[int, int]:
         if not options.quick:
             return options.syncs, options.warm
-        return (3, 3) if way == "int8" else (1, 1)
+        return {"none": (1, 2), "int8": (3, 3), "float32": (1, 1), "uniform8": (2, 1)}[way]
+
+    def shaped_counts(way: str) -> tuple[int, int]:
+        if not options.quick:
+            return options.syncs, options.warm
+        return {"int8": (1, 1), "sparse": (2, 3), "uniform8": (1, 1)}[way]
 
     try:
         if options.only != "shaped":
             # About three times what a sync takes on two cores.
-            windows = {"none": 1.0 + 0.25 * millions, "int8": 0.8 + 0.1 * millions, "sparse": 0.8 + 0.1 * millions}
-            ours = chosen(options, ("none", "int8") if options.quick else tuple(OURS))
+            windows = {"none": 0.3 + 0.22 * millions, "int8": 0.4 + 0.09 * millions, "sparse": 0.4 + 0.09 * millions}
+            windows["bare"] = windows["none"]
+            ours = chosen(options, ("int8", "none") if options.quick else (*OURS, "bare"))
             theirs = chosen(options, ("float32", "uniform8") if options.quick else THEIRS)
             with loopback(home, options.peers) as group:
                 found["loopback"] = measure(group, {way: windows[way] for way in ours}, theirs, millions, counts)
             show(f"loopback, {millions}M parameters, {options.peers} peers", found["loopback"])
         if options.only != "loopback":
             line = 8 / options.mbit  # seconds per MB
-            of_line = {"none": 8.0, "int8": 2.0, "sparse": 0.3}
-            windows = {way: 1.2 + 0.05 * millions + 2.2 * line * each * millions for way, each in of_line.items()}
-            ours = chosen(options, ("int8", "sparse") if options.quick else tuple(OURS))
+            of_line = {"none": 11.0, "int8": 2.0, "sparse": 0.3}
+            windows = {way: 0.5 + 0.05 * millions + 2.2 * line * each * millions for way, each in of_line.items()}
+            windows["bare"] = windows["int8"]
+            ours = chosen(options, ("int8", "sparse") if options.quick else (*OURS, "bare"))
             theirs = chosen(options, ("uniform8",) if options.quick else THEIRS)
             with shaped(home, options.peers, options.mbit) as group:
-                once = (lambda way: (1, int(way == "sparse"))) if options.quick else counts
-                found["shaped"] = measure(group, {way: windows[way] for way in ours}, theirs, millions, once)
+                found["shaped"] = measure(group, {way: windows[way] for way in ours}, theirs, millions, shaped_counts)
             show(f"lines of {options.mbit:g} Mbit/s, {millions}M parameters", found["shaped"])
     finally:
         shutil.rmtree(home, ignore_errors=True)
@@ -612,8 +659,10 @@ def summary(found: dict[str, dict[str, dict[str, Any]]], mbit: float, millions: 
     says["sparse_bytes_ratio"] = ratio("shaped", "uniform8", "sparse", "line_mb")
     says["sparse_bytes_ratio_to_float32"] = ratio("shaped", "float32", "sparse", "line_mb")
     says["shaped_int8_speedup"] = ratio("shaped", "uniform8", "int8", "seconds")
-    if row := found.get("shaped", {}).get("int8"):
-        says["shaped_ratio"] = round(row["line_mb"] * 8 / mbit / row["seconds"], 3)
+    says["bare_speedup"] = ratio("loopback", "float32", "bare", "seconds")
+    for name, way in (("shaped_ratio", "int8"), ("bare_shaped_ratio", "bare")):
+        if row := found.get("shaped", {}).get(way):
+            says[name] = round(row["line_mb"] * 8 / mbit / row["seconds"], 3)
     says["rows"] = {network: list(rows.values()) for network, rows in found.items()}
     return says
 

@@ -240,6 +240,37 @@ def test_pending_unary_calls_fail_when_the_daemon_dies(short_dir: Path) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("ours_dials", [True, False])
+def test_a_daemon_as_hivemind_launches_it_is_understood(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch, ours_dials: bool
+) -> None:
+    """It offers Noise first, which ours does not speak."""
+    from hivemind.p2p import P2P
+    from hivemind.proto import dht_pb2
+
+    monkeypatch.setattr(P2P, "_UNIX_SOCKET_PREFIX", f"/unix{short_dir}/")
+
+    async def ping(request: Any, context: Any) -> Any:
+        return dht_pb2.PingResponse(available=True)
+
+    async def main() -> None:
+        async with hosts(short_dir, "a") as (a,):
+            dialled = [] if ours_dials else await a.get_visible_maddrs()
+            theirs = await P2P.create(initial_peers=dialled, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
+            try:
+                if ours_dials:
+                    await a.connect(str((await theirs.get_visible_maddrs())[0]), 10)
+                await theirs.add_protobuf_handler("ping", ping, dht_pb2.PingRequest)
+                answer = await a.call_protobuf_handler(
+                    theirs.peer_id, "ping", dht_pb2.PingRequest(), dht_pb2.PingResponse
+                )
+                assert answer.available
+            finally:
+                await theirs.shutdown()
+
+    asyncio.run(main())
+
+
 def test_port_in_use_is_named(short_dir: Path) -> None:
     async def main() -> None:
         with socket.socket() as taken:

@@ -13,7 +13,8 @@ the update and know its digest. Neither the waits for the round's deadlines are 
 is the all-reduce alone: its matchmaking is over when the clock starts. CPU seconds are of a peer's whole process tree,
 its daemon included; ours count everything from the round's start to its end, finding the group too. Bytes are what a
 peer's line received on the shaped link, headers and what lies between two syncs included (on loopback what the RPC
-layer counted, ours only). First syncs are not told (`--warm`): connections and vectors are new then.
+layer counted, ours only). First syncs are not told (`--warm`; with `--quick` those of 8 bit on the line are):
+connections and vectors are new then.
 
 `bare` (not with `--quick`) is what the daemons and the lines would allow: plain libp2p streams from each peer to each
 carry the bytes of a sliced round (of `none` on loopback, of `int8` on the lines), with nothing to compute or to wait
@@ -33,6 +34,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import shutil
 import statistics
 import sys
@@ -56,6 +58,8 @@ RUN: Final = "a" * 52
 SIDE: Final = 1000
 OURS: Final = {"none": ("none", True), "int8": ("int8", True), "sparse": ("sparse", False)}
 THEIRS: Final = ("float32", "float16", "uniform8")
+#: For an answer: hivemind's averagers can wait for each other for ever.
+PATIENCE_SECONDS: Final = 180.0
 #: Bare streams: bytes a parameter of the way that they stand for, by network.
 BARE: Final = {"loopback": 4.0, "shaped": 1.02}
 console = Console(stderr=True)
@@ -292,7 +296,7 @@ class TheirPeer:
             target_group_size=asked["peers"],
             min_group_size=asked["peers"],
             compression=kinds[asked["way"]],
-            min_matchmaking_time=1.0,
+            min_matchmaking_time=2.0,
             request_timeout=5.0,
         )
         told = []
@@ -406,17 +410,18 @@ class Worker:
                 os._exit(code)
         os.close(its_in)
         os.close(its_out)
-        self._to, self._from = os.fdopen(our_out, "w"), os.fdopen(our_in)
+        self._to, self._from = os.fdopen(our_out, "w"), os.fdopen(our_in, "rb", buffering=0)
 
     def tell(self, do: str, **fields: Any) -> None:
         self._to.write(json.dumps({"do": do, "number": self.number, **fields}) + "\n")
         self._to.flush()
 
     def hear(self) -> Any:
-        line = self._from.readline()
+        came, _, _ = select.select([self._from], [], [], PATIENCE_SECONDS)
+        line = self._from.readline() if came else b""
         if not line:
             self._log.seek(0)
-            raise RuntimeError(f"peer {self.number} ended: {self._log.read()[-3000:]}")
+            raise RuntimeError(f"peer {self.number} {'ended' if came else 'hangs'}: {self._log.read()[-3000:]}")
         return json.loads(line)
 
     def complaints(self) -> str:
@@ -610,12 +615,12 @@ def main() -> None:
     def counts(way: str) -> tuple[int, int]:
         if not options.quick:
             return options.syncs, options.warm
-        return {"none": (1, 2), "int8": (3, 3), "float32": (1, 1), "uniform8": (2, 1)}[way]
+        return {"none": (1, 2), "int8": (3, 3), "float32": (1, 1), "uniform8": (1, 1)}[way]
 
     def shaped_counts(way: str) -> tuple[int, int]:
         if not options.quick:
             return options.syncs, options.warm
-        return {"int8": (1, 1), "sparse": (2, 3), "uniform8": (1, 1)}[way]
+        return {"int8": (1, 0), "sparse": (1, 3), "uniform8": (1, 0)}[way]
 
     try:
         if options.only != "shaped":

@@ -17,6 +17,8 @@ from potluck.swarm.compiled import FLOATS, INFINITE, INT, INT32S, MAGNITUDE, TO_
 
 #: Sums that are kept side by side: they and their summands stay in the processor's cache.
 LANES: Final = 1 << 15
+#: Of `square_distance`.
+PAIR_LANES: Final = 1 << 10
 
 
 @compiled((TO_DOUBLES,))
@@ -41,6 +43,16 @@ def square_sum(values: npt.NDArray[np.float32]) -> float:
     after another; these by halving."""
     lanes = np.zeros(min(values.size, LANES))
     _add_squares(lanes, values, LANES)
+    return tree_sum(lanes)
+
+
+def square_distance(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+    """Of two points of one size. Their float32 differences are squared and added up as `square_sum` does, but in
+    `PAIR_LANES` sums: rules compare many pairs of short slabs."""
+    if one.size != other.size:
+        raise IndexError(f"{one.size} values and {other.size}")
+    lanes = np.zeros(min(one.size, PAIR_LANES))
+    _add_square_differences(lanes, one, other, PAIR_LANES)
     return tree_sum(lanes)
 
 
@@ -69,3 +81,15 @@ def _add_squares(lanes: npt.NDArray[np.float64], values: npt.NDArray[np.float32]
         part = values[start : start + most]
         for i in range(part.size):
             lanes[i] += np.float64(part[i]) * np.float64(part[i])
+
+
+@compiled((TO_DOUBLES, FLOATS, FLOATS, INT))
+def _add_square_differences(
+    lanes: npt.NDArray[np.float64], one: npt.NDArray[np.float32], other: npt.NDArray[np.float32], most: int
+) -> None:
+    """`lanes`: (min(most, one.size),)."""
+    for start in range(0, one.size, most):
+        ours, theirs = one[start : start + most], other[start : start + most]
+        for i in range(ours.size):
+            difference = np.float64(ours[i] - theirs[i])
+            lanes[i] += difference * difference

@@ -222,3 +222,12 @@ def test_all_finite_is_numpys(seed: int, size: int, special: float) -> None:
     values = some(seed, size)
     values[seed % size] = special
     assert exact.all_finite(values) == bool(np.isfinite(values).all())
+
+
+@given(seeds, st.integers(1, 3000))
+def test_square_distance_is_numpys(seed: int, size: int) -> None:
+    one, other = some(seed, size), some(seed + 1, size)
+    wanted = float(np.square(one - other, dtype=np.float64).sum())
+    assert exact.square_distance(one, other) == pytest.approx(wanted, rel=1e-12)
+    with pytest.raises(IndexError):
+        exact.square_distance(one, other[:-1])

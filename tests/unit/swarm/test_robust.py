@@ -81,13 +81,49 @@ def test_without_liars_it_is_about_the_mean(rule: str) -> None:
 
 @given(seed=st.integers(0, 1000), peers=st.integers(1, 8))
 def test_median_and_trimmed_mean_are_numpys(seed: int, peers: int) -> None:
-    contributions = group(seed, peers)
-    rows = np.stack([one.values for one in contributions.values()])
-    median = aggregate(contributions, even(peers), LAYOUT, rule="median", clip=False)
+    rows = np.stack([one.values for one in group(seed, peers).values()])
+    ones, size = [1.0] * peers, LAYOUT.size
+    median = robust.median(lambda part: rows[:, part], size, ones, 0.0)
     np.testing.assert_allclose(median, np.median(rows, axis=0), rtol=1e-6)
-    trimmed = aggregate(contributions, even(peers), LAYOUT, rule="trimmed_mean", liars=0.3, clip=False)
-    b = int(0.3 * peers)
+    trimmed = robust.trimmed_mean(lambda part: rows[:, part], size, ones, 0.3)
+    b = robust.stood(0.3, peers)
     np.testing.assert_allclose(trimmed, np.sort(rows, axis=0)[b : peers - b].mean(axis=0), rtol=1e-5)
+
+
+@given(seed=st.integers(0, 1000), peers=st.integers(1, 9), liars=st.sampled_from([0.0, 0.2, 0.4]))
+def test_neighbours_are_those_at_the_least_distance(seed: int, peers: int, liars: float) -> None:
+    rows = np.stack([one.values for one in group(seed, peers).values()])
+    near, spreads = robust.neighbours(lambda part: rows[:, part], LAYOUT.size, peers, liars)
+    away = np.square(rows[:, None] - rows[None], dtype=np.float64).sum(axis=2)
+    kept = peers - robust.stood(liars, peers)
+    for one in range(peers):
+        assert one in near[one] and len(near[one]) == kept
+        np.testing.assert_allclose(spreads[one], np.sort(away[one])[:kept].sum(), rtol=1e-6)
+        np.testing.assert_allclose(sorted(away[one, list(near[one])]), np.sort(away[one])[:kept], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("liars", "n", "b"), [(0.25, 10, 2), (0.25, 3, 1), (0.25, 2, 0), (0.49, 9, 4), (0.0, 9, 0)])
+def test_how_many_liars_a_rule_stands(liars: float, n: int, b: int) -> None:
+    assert robust.stood(liars, n) == b
+
+
+@pytest.mark.parametrize("rule", ROBUST)
+def test_one_liar_of_three_does_not_steer(rule: str) -> None:
+    contributions = group(2, 3)
+    honest = np.stack([one.values for one in contributions.values()][1:])
+    contributions[peer(0)] = Dense(np.full(LAYOUT.size, -50.0, dtype=np.float32))
+    update = aggregate(contributions, even(3), LAYOUT, rule=rule, liars=0.25, clip=False)
+    assert float(np.abs(update - honest.mean(axis=0)).max()) < 1.0
+
+
+@pytest.mark.parametrize("rule", ROBUST)
+def test_liars_who_all_send_the_same_opposite_do_not_shorten_the_update(rule: str) -> None:
+    contributions = group(5, 10)
+    honest = np.stack([one.values for one in contributions.values()][3:]).mean(axis=0)
+    for number in range(3):
+        contributions[peer(number)] = Dense(-contributions[peer(number + 3)].values)
+    update = aggregate(contributions, even(10), LAYOUT, rule=rule, liars=0.3)
+    assert float(np.linalg.norm(update)) >= 0.98 * float(np.linalg.norm(honest))
 
 
 @pytest.mark.parametrize("rule", RULE_NAMES)

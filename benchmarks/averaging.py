@@ -624,8 +624,10 @@ def main() -> None:
 
     try:
         if options.only != "shaped":
-            # About three times what a sync takes on two cores.
+            # About three times what a sync takes on two cores; four, where there is time.
             windows = {"none": 0.3 + 0.22 * millions, "int8": 0.4 + 0.09 * millions, "sparse": 0.4 + 0.09 * millions}
+            if not options.quick:
+                windows = {way: 1.4 * seconds for way, seconds in windows.items()}
             windows["bare"] = windows["none"]
             ours = chosen(options, ("int8", "none") if options.quick else (*OURS, "bare"))
             theirs = chosen(options, ("float32", "uniform8") if options.quick else THEIRS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -73,8 +73,8 @@ class Exchange(Protocol):
         """Chunks `indexes` of a blob, each told as soon as it was verified. Raises BlobUnavailable or BlobError."""
         ...
 
-    def begin_slices(self, module: str, round_: Round, segments: Sequence[int]) -> None:
-        """Those who ask for segments that we aggregate in a round are to wait."""
+    def begin_slices(self, module: str, round_: Round, segments: Sequence[int], members: Collection[PeerId]) -> None:
+        """Members who ask for segments that we aggregate in a round are to wait."""
         ...
 
     def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: bytes) -> None:
@@ -211,9 +211,9 @@ class NetworkExchange:
             store=self._store,
         )
 
-    def begin_slices(self, module: str, round_: Round, segments: Sequence[int]) -> None:
+    def begin_slices(self, module: str, round_: Round, segments: Sequence[int], members: Collection[PeerId]) -> None:
         now = asyncio.get_running_loop().time()
-        self._board.begin(module, round_, segments)
+        self._board.begin(module, round_, segments, members)
         self._sliced.append((now, module, round_))
         while self._sliced[0][0] < now - self._retain_seconds:
             self._board.forget(*self._sliced.popleft()[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
@@ -50,17 +50,20 @@ class SliceBoard:
         self._rounds: OrderedDict[Key, dict[int, asyncio.Future[_Told]]] = OrderedDict()
         #: By module: the newest round that was begun, and what is resolved when the next one is.
         self._newest: dict[str, tuple[int, asyncio.Future[None]]] = {}
+        #: By module: who may wait here.
+        self._members: dict[str, frozenset[PeerId]] = {}
         self._waiting: Counter[PeerId] = Counter()
         rpc.register(METHOD, self._answer, max_request_bytes=0)
 
-    def begin(self, module: str, round_: int, segments: Sequence[int]) -> None:
-        """Those who ask for these segments are to wait."""
+    def begin(self, module: str, round_: int, segments: Sequence[int], members: Collection[PeerId]) -> None:
+        """Members who ask for these segments are to wait, and for the next round's until that begins."""
         loop = asyncio.get_running_loop()
         self._rounds.setdefault((module, round_), {segment: loop.create_future() for segment in segments})
         while len(self._rounds) > MOST_KEPT:
             self.forget(*next(iter(self._rounds)))
         newest, begun = self._newest.get(module, (round_, None))
         self._newest[module] = max(newest, round_), loop.create_future()
+        self._members[module] = frozenset(members)
         if begun is not None:
             begun.set_result(None)
 
@@ -79,6 +82,7 @@ class SliceBoard:
         self._rounds.pop((module, round_), None)
         if module in self._newest and not any(key[0] == module for key in self._rounds):
             self._newest.pop(module)[1].set_result(None)
+            del self._members[module]
 
     async def ask(
         self, peer: PeerId, module: str, round_: int, segment: int, into: memoryview, timeout_seconds: float
@@ -94,6 +98,11 @@ class SliceBoard:
             asked = msgspec.convert(head, _Asked)
         except msgspec.ValidationError as error:
             raise ProtocolError(f"{METHOD}: {error}") from None
+        there = self._rounds.get((asked.module, asked.round), {}).get(asked.segment)
+        if there is not None and there.done() and not there.cancelled():
+            return self._reply(there.result(), head)
+        if peer not in self._members.get(asked.module, ()):
+            raise NothingTold("only members of the last round wait for segments here")
         if self._waiting[peer] >= MOST_WAITING_OF_PEER or self._waiting.total() >= MOST_WAITING:
             raise NothingTold("too many wait for segments here")
         self._waiting[peer] += 1
@@ -103,6 +112,9 @@ class SliceBoard:
             self._waiting[peer] -= 1
             if not self._waiting[peer]:
                 del self._waiting[peer]
+        return self._reply(told, head)
+
+    def _reply(self, told: _Told, head: dict[str, Any]) -> Reply:
         return Reply(told.word.head(), asked_range(memoryview(told.data), head))
 
     async def _told(self, module: str, round_: int, segment: int) -> _Told:

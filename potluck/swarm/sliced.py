@@ -13,12 +13,13 @@ Clipping and robust rules see one segment at a time: tensors are cut where segme
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
 from blake3 import blake3
 
 from potluck.dht.records import Commit
@@ -26,6 +27,7 @@ from potluck.errors import CodecError, PotluckError, RpcRemoteError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.host import PeerId
 from potluck.swarm.aggregate import aggregate, token_weights
+from potluck.swarm.codecs.frame import MAX_MAGNITUDE
 from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
 from potluck.swarm.contribution import Contribution, Quantized
 from potluck.swarm.layout import Flat, Layout
@@ -34,13 +36,24 @@ from potluck.swarm.phases import Round
 from potluck.swarm.pull import Puller, View
 from potluck.swarm.recycled import Recycled
 from potluck.swarm.slice_board import NothingTold
-from potluck.swarm.slices import MAX_ACCUSED, Accusation, Aggregated, assign, fewest, members_in, name_of
+from potluck.swarm.slices import (
+    MAX_ACCUSED,
+    Accusation,
+    Aggregated,
+    assign,
+    check_enough,
+    fewest,
+    members_in,
+    name_of,
+    named_by_most,
+)
 
-#: Shares of the time to pull: until then members' raw segments are waited for, and until then what others aggregated.
-RAW_SHARE: Final = 0.6
-#: Until then whose contribution it is that two have committed to: who does not show is left out.
+#: Shares of the time to pull. Until then whose contribution it is that two have committed to: who does not show is left
+#: out; until then members' raw segments are waited for; what others aggregated; and what must be pulled raw instead.
 DISPUTE_SHARE: Final = 0.1
+RAW_SHARE: Final = 0.6
 TOLD_SHARE: Final = 0.8
+FALLBACK_SHARE: Final = 0.9
 #: Who has not begun to aggregate is asked again after this.
 ASK_AGAIN_SECONDS: Final = 0.1
 #: Segments asked of one member at once.
@@ -49,6 +62,10 @@ WINDOW: Final = 4
 KEPT_ROUNDS: Final = 3
 #: Of an exchange's bytes, what checks may cost on the average.
 CHECK_SHARE: Final = 1 / 8
+#: A mean of values at a codec's bound may be beyond it by rounding: aggregates are clipped to a little less.
+MOST: Final = np.float32(0.999 * MAX_MAGNITUDE)
+#: Rounds in which an aggregator gave what its own contribution is in, but not that, before it is trusted no more.
+MOST_UNPROVED: Final = 2
 
 #: What is done with a segment's contributions, once nobody's is waited for any more.
 Then = Callable[[int, Mapping[PeerId, Contribution]], Coroutine[Any, Any, object]]
@@ -72,7 +89,12 @@ class _Round:
     accused: dict[PeerId, tuple[Accusation, ...]] = field(default_factory=dict)
     #: Who failed to give a segment that it should have aggregated.
     failed: set[PeerId] = field(default_factory=set)
-    members: set[PeerId] = field(default_factory=set)
+    #: Of each segment in `update`, whose contributions are in it.
+    counted: dict[int, frozenset[PeerId]] = field(default_factory=dict)
+    #: Who gave us nothing of its own.
+    silent: set[PeerId] = field(default_factory=set)
+    #: That is known.
+    asked_all: asyncio.Event = field(default_factory=asyncio.Event)
     #: The segment to check.
     drawn: int | None = None
     drawn_settled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -95,6 +117,8 @@ class SlicedPuller(Puller):
         self.distrusted: set[PeerId] = set()
         self._accusations: deque[Accusation] = deque(maxlen=MAX_ACCUSED)
         self._looked_into: deque[Accusation] = deque(maxlen=64)
+        #: The last rounds in which it could not be checked what a peer aggregated, as it did not give its own.
+        self._unproved = defaultdict[PeerId, set[Round]](set)
         self._past: deque[_Round] = deque(maxlen=KEPT_ROUNDS)
         self._ranges = list(self._dense.parts(self._layout.size))
         self._layouts = [self._layout.cut(part.start, part.stop) for part in self._ranges]
@@ -127,23 +151,23 @@ class SlicedPuller(Puller):
         one = _Round(round_, commits, owners, names, self._vectors.any(), drawn=drawn)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._aggregate_mine(one, raw_by, view))
-            for peer in set(one.owners) - self.distrusted - {self._peer}:
+            for peer in sorted(set(one.owners) - self.distrusted - {self._peer}):
                 group.create_task(self._take(one, peer, told_by, late))
             evidence = group.create_task(self._evidence(one, told_by))
             if drift:
-                for peer in commits.keys() - {self._peer}:
+                for peer in sorted(commits.keys() - {self._peer}):
                     group.create_task(self._pull_fragment(peer, commits[peer], tuple(commits), pull_by, view))
         for segment, raw in evidence.result().items():
             await self._check(one, segment, raw)
-        await self._fill_raw(one, pull_by, view)
+        await self._fill_raw(one, began + FALLBACK_SHARE * left, view)
         # Behind what the update needs: whoever accuses must not keep others from that.
-        for accusation in dict.fromkeys(each for accused in one.accused.values() for each in accused):
-            await self._look_into(accusation, one, pull_by)
+        await self._look_into_one(one, pull_by)
         await self._fill_raw(one, pull_by, view)
         for segment in self._missing(one):
             one.update[self._ranges[segment]] = 0.0
-        view.update, view.aggregated = one.update, one.members
-        for peer in one.members:
+        view.update = one.update
+        view.aggregated = named_by_most([one.counted[segment] for segment in sorted(one.filled)])
+        for peer in view.aggregated:
             view.missing.pop(peer, None)
         self._past.append(replace(one, update=Layout(()).zeros(), filled=set()))
         return True
@@ -197,11 +221,13 @@ class SlicedPuller(Puller):
                 told = Aggregated.of(counted, self._accusations)
                 self._exchange.tell_slice(self._module, one.number, segment, told, data)
 
-        self._exchange.begin_slices(self._module, one.number, mine)
+        self._exchange.begin_slices(self._module, one.number, mine, one.commits.keys())
         try:
             await self._raw(mine, one.commits, until, aggregate_and_tell, view)
         finally:
             self._exchange.end_slices(self._module, one.number)
+            one.silent.update(view.missing.keys() & one.commits.keys())
+            one.asked_all.set()
 
     async def _raw(
         self,
@@ -212,7 +238,7 @@ class SlicedPuller(Puller):
         view: View | None = None,
     ) -> None:
         """Pull members' own segments. `then` has each as soon as it came from all who give it in time; `view` hears
-        of those who do not."""
+        of those who do not. Of no segments: ask whether they answer at all."""
         parts: dict[int, dict[PeerId, Contribution]] = {segment: {} for segment in segments}
         awaited = {segment: set(commits) for segment in segments}
 
@@ -256,7 +282,7 @@ class SlicedPuller(Puller):
         if not parts:
             return b""
         encoded: bytes = await self._in_thread(work)
-        one.members |= parts.keys()
+        one.counted[segment] = frozenset(parts)
         return encoded
 
     def _aggregated(self, one: _Round, segment: int, contributions: Mapping[PeerId, Contribution]) -> bytes:
@@ -269,9 +295,9 @@ class SlicedPuller(Puller):
             clip=rules.clip,
             rule=rules.rule,
             liars=rules.liars,
-            out=self._scratch.zeros()[: layout.size],
+            out=self._scratch.zeros()[: layout.size] if rules.rule == "mean" else None,
         )
-        return self._dense.encode_segment(update)
+        return self._dense.encode_segment(np.clip(update, -MOST, MOST, out=update))
 
     async def _chunks(
         self,
@@ -281,9 +307,8 @@ class SlicedPuller(Puller):
         until: float,
         on_chunk: Callable[[int, memoryview], None],
     ) -> None:
-        if indexes:
-            ref, left = BlobRef(BlobId(commit.blob), commit.size), max(0.05, until - self._now())
-            await self._exchange.fetch_chunks(ref, peer, indexes, left, on_chunk)
+        ref, left = BlobRef(BlobId(commit.blob), commit.size), max(0.05, until - self._now())
+        await self._exchange.fetch_chunks(ref, peer, indexes, left, on_chunk)
 
     def _decoded(self, data: bytes | memoryview, segment: int) -> Contribution:
         """`data`: of the segment, and what may lie behind it in its chunk."""
@@ -302,16 +327,18 @@ class SlicedPuller(Puller):
 
     async def _take(self, one: _Round, peer: PeerId, until: float, late: bool) -> None:
         """The segments that `peer` aggregates for all. What does not come, or is no good, is pulled raw later."""
-        least = fewest(len(one.names), self._rules.rule != "mean")
-        window = asyncio.Semaphore(WINDOW)
+        robust, window = self._rules.rule != "mean", asyncio.Semaphore(WINDOW)
 
         async def take(segment: int) -> None:
             async with window:
                 try:
                     told, data = await self._told(one, peer, segment, until, late)
-                    members = members_in(told, one.names, least)
+                    members = members_in(told, one.names)
+                    if len(members) < fewest(len(one.commits), robust):
+                        await one.asked_all.wait()
+                    check_enough(members, one.commits, one.silent, robust)
                     digest = await self._in_thread(self._fill_and_hash, one, segment, data)
-                    one.told[segment] = members, digest
+                    one.told[segment], one.counted[segment] = (members, digest), members
                 except PotluckError as error:
                     if peer not in one.failed:
                         what = f"{type(error).__name__}: {error}"
@@ -322,7 +349,6 @@ class SlicedPuller(Puller):
                     if segment == one.drawn:
                         one.drawn_settled.set()
             one.accused[peer] = told.accused
-            one.members |= members
 
         async with asyncio.TaskGroup() as group:
             for segment in one.of(peer):
@@ -371,32 +397,60 @@ class SlicedPuller(Puller):
             except TimeoutError:
                 return found
             if one.drawn in one.told:
-                await self._raw([one.drawn], one.commits, until, keep)
+                await self._raw([one.drawn], _of(one.commits, one.told[one.drawn][0]), until, keep)
         return found
 
     async def _check(self, one: _Round, segment: int, raw: Mapping[PeerId, Contribution]) -> None:
-        """Whether a segment is what `raw` gives. If not, all that its aggregator said is dropped."""
-        members, digest = one.told.get(segment, (frozenset(), b""))
-        if not members or not members <= raw.keys():
+        """Whether a segment is what `raw` gives. If not, all that its aggregator said is dropped. So it is where the
+        aggregator says that its own contribution is in it, and does not give that, again and again."""
+        (members, digest), owner = one.told[segment], one.owners[segment]
+        if members <= raw.keys():
+            right = await self._in_thread(self._aggregated, one, segment, {peer: raw[peer] for peer in members})
+            if blake3(right).digest() == digest:
+                self._unproved.pop(owner, None)
+                return
+            event = "swarm.slices.lied"
+        elif owner in members - raw.keys():
+            self._unproved[owner].add(one.number)
+            event = "swarm.slices.unproved"
+        else:
             return
-        right = await self._in_thread(self._aggregated, one, segment, {peer: raw[peer] for peer in members})
-        if blake3(right).digest() == digest:
-            return
-        owner = one.owners[segment]
-        self._emit("swarm.slices.lied", round=one.number, peer=owner, segment=segment)
-        self.distrusted.add(owner)
-        self._accusations.append(Accusation(owner, one.number, segment))
-        one.filled.difference_update(one.of(owner))
+        self._emit(event, round=one.number, peer=owner, segment=segment)
+        if (accusation := Accusation(owner, one.number, segment)) not in self._accusations:
+            self._accusations.append(accusation)  # others ask it, too
+        if event == "swarm.slices.lied" or len(self._unproved[owner]) >= MOST_UNPROVED:
+            self.distrusted.add(owner)
+            one.filled.difference_update(one.of(owner))
 
-    async def _look_into(self, accusation: Accusation, now: _Round, until: float) -> None:
-        """Others' word is not believed: the segment is computed here."""
+    async def _look_into_one(self, now: _Round, until: float) -> None:
+        """One accusation of one of those who accuse, drawn: who cries most is not heard most, and what it costs is
+        bounded. Others' word is not believed: the segment is computed here."""
+        worth = [[each for each in accused if self._round_of(each, now)] for _, accused in sorted(now.accused.items())]
+        if not (worth := [accused for accused in worth if accused]):
+            return
+        accused = worth[self._draw(len(worth))]
+        accusation = accused[self._draw(len(accused))]
+        one = self._round_of(accusation, now)
+        assert one is not None
+
+        async def check(segment: int, raw: Mapping[PeerId, Contribution]) -> None:
+            if one.told[segment][0] <= raw.keys():  # else it is looked into again when it is heard again
+                self._looked_into.append(accusation)
+            await self._check(one, segment, raw)
+
+        segment = accusation.segment
+        await self._raw([segment], _of(one.commits, one.told[segment][0]), until, check)
+
+    def _round_of(self, accusation: Accusation, now: _Round) -> _Round | None:
+        """That of an accusation worth looking into."""
         accused = PeerId(accusation.peer)
-        one = next((past for past in (*self._past, now) if past.number == accusation.round), None)
-        if accusation in self._looked_into or accused in self.distrusted or one is None:
-            return
-        told = one.told.get(accusation.segment)
-        if told is None or one.owners[accusation.segment] != accused:
-            return
-        self._looked_into.append(accusation)
-        commits = {peer: one.commits[peer] for peer in told[0]}
-        await self._raw([accusation.segment], commits, until, partial(self._check, one))
+        if accusation in self._looked_into or accused in self.distrusted:
+            return None
+        for one in (*self._past, now):
+            if one.number == accusation.round and accusation.segment in one.told:
+                return one if one.owners[accusation.segment] == accused else None
+        return None
+
+
+def _of(commits: Mapping[PeerId, Commit], members: Collection[PeerId]) -> dict[PeerId, Commit]:
+    return {peer: commit for peer, commit in commits.items() if peer in members}

@@ -93,18 +93,33 @@ def assign(segments: int, members: Collection[PeerId], round_: Round) -> list[Pe
 
 
 def fewest(commits: int, robust: bool) -> int:
-    """Of how many contributions at least a segment must be, where so many were committed to. A mean has most of them. A
-    rule that stands a share of liars has nearly all: of who leaves honest ones out, liars would be a larger share."""
+    """Of how many contributions at least a segment must be, where so many were committed to and none is missing. A
+    mean has most of them. A rule that stands a share of liars has nearly all: of who leaves honest ones out, liars
+    would be a larger share."""
     return commits - max(1, commits // 8) if robust else commits // 2 + 1
 
 
-def members_in(told: Aggregated, names: Mapping[bytes, PeerId], least: int) -> frozenset[PeerId]:
+def members_in(told: Aggregated, names: Mapping[bytes, PeerId]) -> frozenset[PeerId]:
     """Whose contributions are in a segment. `names`: of commits. Raises ProtocolError unless all of them were committed
-    to, and they are `least` or more."""
+    to."""
     try:
-        members = frozenset(names[name] for name in _names(told))
+        return frozenset(names[name] for name in _names(told))
     except KeyError:
         raise ProtocolError("aggregated what nobody has committed to") from None
-    if len(members) < least:
-        raise ProtocolError(f"aggregated {len(members)} contributions of {len(names)}, expected {least} or more")
-    return members
+
+
+def check_enough(
+    members: Collection[PeerId], commits: Collection[PeerId], silent: Collection[PeerId], robust: bool
+) -> None:
+    """Raises ProtocolError if a segment has too few members. Who is `silent` to us, too, may be missing there, but
+    never half of all: who hears nobody must not believe everybody."""
+    present, least = len(members), fewest(len(commits), robust)
+    excused = len(set(silent).difference(members))
+    if present + excused < least or present < fewest(len(commits), robust=False):
+        raise ProtocolError(f"aggregated {present} contributions of {len(commits)}, expected {least - excused} or more")
+
+
+def named_by_most(counted: Collection[Collection[PeerId]]) -> set[PeerId]:
+    """Who is in more than half of the segments: one aggregator's word alone makes nobody a member."""
+    times = Counter(peer for members in counted for peer in members)
+    return {peer for peer, count in times.items() if 2 * count > len(counted)}

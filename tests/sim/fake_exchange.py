@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from potluck.dht.records import Commit, Replica, Signed
@@ -129,7 +129,7 @@ class FakeExchange:
     def _telling(self, peer: PeerId, module: str, round_: Round, segment: int) -> asyncio.Future[Told | None]:
         return self.world.told.setdefault((module, round_, peer, segment), asyncio.get_running_loop().create_future())
 
-    def begin_slices(self, module: str, round_: Round, segments: Sequence[int]) -> None:
+    def begin_slices(self, module: str, round_: Round, segments: Sequence[int], members: Collection[PeerId]) -> None:
         for segment in segments:
             self._telling(self.peer, module, round_, segment)
         self._aggregates = segments

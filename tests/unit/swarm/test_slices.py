@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,16 @@ from potluck.errors import ProtocolError, RpcRemoteError, RpcTimeout
 from potluck.net.host import PeerId
 from potluck.swarm.phases import Round
 from potluck.swarm.slice_board import MOST_WAITING_OF_PEER, SliceBoard
-from potluck.swarm.slices import Accusation, Aggregated, assign, fewest, members_in, parse_aggregated
+from potluck.swarm.slices import (
+    Accusation,
+    Aggregated,
+    assign,
+    check_enough,
+    fewest,
+    members_in,
+    named_by_most,
+    parse_aggregated,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "net"))
 
@@ -86,11 +96,37 @@ def test_malformed_words_are_refused(change: dict[str, Any]) -> None:
 def test_a_word_about_unknown_or_few_contributions_does_not_count() -> None:
     p1, p2, p3 = (PeerId(f"p{number}") for number in range(1, 4))
     names = {NAMES[0]: p1, NAMES[1]: p2, b"c" * 32: p3}
-    assert members_in(TOLD, names, 2) == {p1, p2}
+    assert members_in(TOLD, names) == {p1, p2}
     with pytest.raises(ProtocolError, match="nobody has committed"):
-        members_in(TOLD, {NAMES[0]: p1}, 1)
-    with pytest.raises(ProtocolError, match="2 contributions of 3, expected 3"):
-        members_in(TOLD, names, 3)
+        members_in(TOLD, {NAMES[0]: p1})
+
+
+@pytest.mark.parametrize(
+    ("present", "silent", "robust", "enough"),
+    [
+        (10, 0, True, True),
+        (9, 0, True, True),
+        (8, 0, True, False),
+        (8, 2, True, True),  # whoever did not answer us did not answer the aggregator either
+        (7, 2, True, True),
+        (6, 2, True, False),
+        (5, 5, True, False),
+        (6, 0, False, True),
+        (5, 0, False, False),
+        (5, 5, False, False),
+        (0, 10, False, False),
+    ],
+)
+def test_how_many_of_ten_are_enough(present: int, silent: int, robust: bool, enough: bool) -> None:
+    commits = members(10)
+    with contextlib.nullcontext() if enough else pytest.raises(ProtocolError, match=f"{present} contributions of 10"):
+        check_enough(commits[:present], commits, commits[10 - silent :], robust)
+
+
+def test_one_aggregators_word_makes_nobody_a_member() -> None:
+    p1, p2, p3 = members(3)
+    assert named_by_most([{p1, p2}, {p1, p2, p3}, {p1}]) == {p1, p2}
+    assert named_by_most([{p1}, {p2}]) == set() == named_by_most([])
 
 
 @given(st.integers(1, 200))
@@ -105,8 +141,8 @@ def test_who_asks_early_has_a_segment_as_soon_as_it_is_there(tmp_path: Path, cap
 
     async def main() -> None:
         async with network(tmp_path) as net:
-            rpcs = [await net.rpc("ours", download=cap), await net.rpc("theirs")]
-            board, other = (SliceBoard(rpc) for rpc in rpcs)
+            rpcs = [await net.rpc("ours", download=cap), await net.rpc("theirs"), await net.rpc("stranger")]
+            board, other, strange = (SliceBoard(rpc) for rpc in rpcs)
 
             async def ask(round_: int, segment: int, size: int = len(data), seconds: float = 5.0) -> Any:
                 into = memoryview(bytearray(size))
@@ -114,12 +150,17 @@ def test_who_asks_early_has_a_segment_as_soon_as_it_is_there(tmp_path: Path, cap
 
             with pytest.raises(RpcRemoteError, match="NothingTold"):
                 await ask(3, 0)
-            other.begin("m", 3, [0, 2])
+            other.begin("m", 3, [0, 2], [rpcs[0].peer_id])
             early, waiting = asyncio.create_task(ask(4, 5)), asyncio.create_task(ask(3, 0))
             await asyncio.sleep(0.05)
             assert not waiting.done() and not early.done()
+            for round_, segment in ((4, 5), (3, 0)):
+                with pytest.raises(RpcRemoteError, match="only members"):
+                    into = memoryview(bytearray(len(data)))
+                    await strange.ask(rpcs[1].peer_id, "m", round_, segment, into, 5.0)
             other.tell("m", 3, 0, TOLD, data)
             assert await waiting == (TOLD, data) == await ask(3, 0)
+            assert await strange.ask(rpcs[1].peer_id, "m", 3, 0, into, 5.0) == TOLD and bytes(into) == data
             with pytest.raises(RpcRemoteError, match="NothingTold"):
                 await ask(3, 1)
             with pytest.raises(RpcRemoteError, match="does not have"):
@@ -129,7 +170,7 @@ def test_who_asks_early_has_a_segment_as_soon_as_it_is_there(tmp_path: Path, cap
             other.end("m", 3)
             with pytest.raises(RpcRemoteError, match="NothingTold"):
                 await waiting
-            other.begin("m", 4, [5])
+            other.begin("m", 4, [5], [rpcs[0].peer_id])
             other.tell("m", 4, 5, TOLD, data)
             assert await early == (TOLD, data)
             other.forget("m", 3)

@@ -81,6 +81,7 @@ class OverlappedReplica(GossipReplica):
             if self._landing is not None:  # told to stop, or cancelled: the round is given up
                 self._landing.task.cancel()
                 await asyncio.gather(self._landing.task, return_exceptions=True)
+                await self._end_chase()  # which it may have begun after the first one was ended
 
     async def _linger(self) -> None:
         await self._landed()

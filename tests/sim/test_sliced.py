@@ -15,9 +15,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from potluck.errors import BlobUnavailable
 from potluck.net.host import PeerId
 from potluck.swarm import sliced
 from potluck.swarm.codecs import int8, none, segments
+from potluck.swarm.codecs.frame import MAX_MAGNITUDE
 from potluck.swarm.codecs.none import NoneCodec
 from potluck.swarm.slices import Accusation
 
@@ -124,6 +126,71 @@ def test_who_lies_is_named_by_all_and_aggregates_no_more(two_faced: bool) -> Non
         assert len(last) == 1
 
     simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
+def test_who_hides_its_own_part_of_what_it_lied_about_is_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(4)]
+        liar, fetch = peers[1], fake_exchange.FakeExchange.fetch_chunks
+        swarm.world.of(liar).lie = lambda blob: (-np.frombuffer(blob, dtype="<f4")).tobytes()
+
+        async def hidden(self: Any, ref: Any, holder: PeerId, indexes: Any, timeout_seconds: float, *rest: Any) -> None:
+            theirs = set(swarm.replicas[liar]._exchange._aggregates)  # type: ignore[attr-defined]
+            if holder == liar != self.peer and set(indexes) & theirs:
+                await asyncio.sleep(timeout_seconds)
+                raise BlobUnavailable("no")
+            await fetch(self, ref, holder, indexes, timeout_seconds, *rest)
+
+        monkeypatch.setattr(fake_exchange.FakeExchange, "fetch_chunks", hidden)
+        await swarm.until(405.0)
+        for peer in (peers[0], *peers[2:]):
+            assert swarm.replicas[peer]._puller.distrusted == {liar}  # type: ignore[attr-defined]
+
+    simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
+@pytest.mark.parametrize("seconds", [0.75, 30.0])
+def test_two_who_are_late_or_silent_leave_the_others_with_one_state_and_nothing_raw(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a robust rule, which stands an eighth that is missing of those who answered us."""
+
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(10)]
+        late, fetch = set(peers[8:]), fake_exchange.FakeExchange.fetch_chunks
+
+        async def slowly(
+            self: Any, ref: Any, holder: PeerId, indexes: Any, timeout_seconds: float, on_chunk: Any
+        ) -> None:
+            if holder in late and holder != self.peer:
+                wait = max(0.0, swarm.now() // 10 * 10 + 8.7 + seconds - swarm.now())  # from the commit deadline on
+                await asyncio.sleep(min(wait, timeout_seconds))
+                if wait > timeout_seconds:
+                    raise BlobUnavailable("late")
+                timeout_seconds -= wait
+            await fetch(self, ref, holder, indexes, timeout_seconds, on_chunk)
+
+        monkeypatch.setattr(fake_exchange.FakeExchange, "fetch_chunks", slowly)
+        await swarm.until(35.0)
+        for round_ in range(3):
+            assert len({swarm.applied(peer)[round_]["digest"] for peer in peers[:8]}) == 1
+        assert not any(event["event"] == "swarm.slices.raw" for peer in peers[:8] for event in swarm.events[peer])
+
+    simulate(body, rules=replace(RULES, sliced=True, rule="trimmed_mean", liars=0.3), codec="none")
+
+
+@pytest.mark.parametrize("codec", ["none", "int8", "int4"])
+def test_values_at_a_codecs_bound_end_nobody(codec: str) -> None:
+    largest = np.full(LAYOUT.size, np.float32(MAX_MAGNITUDE * (1 - 2**-20)))
+
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(6)]
+        for peer in peers:
+            swarm.replicas[peer].trainer.delta = lambda theta: largest  # type: ignore[method-assign]
+        await swarm.until(25.0)
+        assert all(len(swarm.applied(peer)[1]["group"]) == 6 for peer in peers)
+
+    simulate(body, rules=replace(RAW, sliced=True), codec=codec)
 
 
 def test_who_commits_twice_with_other_tokens_gets_nobody_named() -> None:

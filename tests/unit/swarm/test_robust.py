@@ -93,13 +93,37 @@ def test_median_and_trimmed_mean_are_numpys(seed: int, peers: int) -> None:
 @given(seed=st.integers(0, 1000), peers=st.integers(1, 9), liars=st.sampled_from([0.0, 0.2, 0.4]))
 def test_neighbours_are_those_at_the_least_distance(seed: int, peers: int, liars: float) -> None:
     rows = np.stack([one.values for one in group(seed, peers).values()])
-    near, spreads = robust.neighbours(lambda part: rows[:, part], LAYOUT.size, peers, liars)
+    near, found = robust.neighbours(lambda part: rows[:, part], LAYOUT.size, peers, liars)
     away = np.square(rows[:, None] - rows[None], dtype=np.float64).sum(axis=2)
+    np.testing.assert_allclose(found, away, rtol=1e-9)
     kept = peers - robust.stood(liars, peers)
     for one in range(peers):
         assert one in near[one] and len(near[one]) == kept
-        np.testing.assert_allclose(spreads[one], np.sort(away[one])[:kept].sum(), rtol=1e-6)
         np.testing.assert_allclose(sorted(away[one, list(near[one])]), np.sort(away[one])[:kept], rtol=1e-6)
+
+
+@given(seed=st.integers(0, 1000), peers=st.integers(2, 9))
+def test_distances_of_mixed_contributions_follow_from_those_of_pairs(seed: int, peers: int) -> None:
+    rows = np.stack([one.values for one in group(seed, peers).values()]).astype(np.float64)
+    away = np.square(rows[:, None] - rows[None]).sum(axis=2)
+    one, other = np.random.default_rng(seed).dirichlet(np.ones(peers), 2)
+    wanted = float(np.linalg.norm(one @ rows - other @ rows))
+    assert robust.distance(one - other, away) == pytest.approx(wanted, rel=1e-6)
+    assert robust.distance(one - one, away) == 0.0
+
+
+@given(seed=st.integers(0, 1000))
+def test_the_geometric_median_has_the_least_sum_of_distances(seed: int) -> None:
+    rows = np.stack([one.values for one in group(seed, 9).values()])
+    rows[0] += 30.0
+    near, _ = robust.neighbours(lambda part: rows[:, part], LAYOUT.size, 9, 0.3)
+    points = robust.shares_of(near).astype(np.float32) @ rows
+    found = robust.geometric_median(lambda part: rows[:, part], LAYOUT.size, [1.0] * 9, 0.3)
+
+    def sum_of_distances(point: np.ndarray) -> float:
+        return float(np.linalg.norm(points - point, axis=1).sum())
+
+    assert sum_of_distances(found) <= 1.01 * min(sum_of_distances(each) for each in [*points, points.mean(axis=0)])
 
 
 @pytest.mark.parametrize(("liars", "n", "b"), [(0.25, 10, 2), (0.25, 3, 1), (0.25, 2, 0), (0.49, 9, 4), (0.0, 9, 0)])

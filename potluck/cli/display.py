@@ -33,15 +33,30 @@ def spark_line(values: list[float]) -> str:
     return "".join(_SPARKS[round((v - low) * scale)] for v in values)
 
 
+def sat_out_line(event: Event) -> str:
+    why = {
+        "too_late": "not done before the commit deadline",
+        "nothing": "nothing was trained in it (a local step must fit in what rounds.seconds leaves for training)",
+        "not_stored": "the commit was not stored in time",
+        "disk_full": "the disk has no room for its contribution",
+        "cap_too_low": "nobody could fetch its contribution in time under the upload cap",
+        "committed_before": "an earlier process of this peer committed to it already",
+        "diverged": "the local steps gave values that are not finite (is training.learning_rate too high?)",
+    }
+    return f"round {event['round']} is sat out: {why.get(event['reason'], event['reason'])}"
+
+
 def round_line(event: Event) -> str:
     """One round in one line."""
     group = len(event["group"])
     alone = (
-        f" the only replica of {event['module']}" if "module" in event else " TRAINING ALONE: no other peer was seen"
+        f" the only replica of {event['module']}" if "module" in event else " TRAINING ALONE: no other peer contributed"
     )
     note = alone if event["alone"] else ""
     if event["missing"]:
         note += f" ({len(event['missing'])} missing)"
+    if event["contribution_bytes"] and not event["contributed"]:
+        note += " (your contribution did not count: others did not have it in time)"
     if not event["agree"]:
         note += " (digests differ: state reloaded or drift averaged)"
     if event.get("beside"):
@@ -73,16 +88,7 @@ def event_line(event: Event) -> str | None:
         case "swarm.join.alone":
             return f"nobody else is training: starting alone from round {event['from_round']}'s state"
         case "swarm.round.skipped":
-            why = {
-                "too_late": "not done before the commit deadline",
-                "nothing": "nothing was trained in it",
-                "not_stored": "the commit was not stored in time",
-                "disk_full": "the disk has no room for its contribution",
-                "cap_too_low": "nobody could fetch its contribution in time under the upload cap",
-                "committed_before": "an earlier process of this peer committed to it already",
-                "diverged": "the local steps gave values that are not finite (is training.learning_rate too high?)",
-            }
-            return f"round {event['round']} is sat out: {why.get(event['reason'], event['reason'])}"
+            return sat_out_line(event)
         case "swarm.pipeline.trained" if event["microbatches"]:
             loss = "" if event["loss"] is None else f", loss {event['loss']:.4f}"
             return f"round {event['round']:>5}  {event['microbatches']} microbatches trained through the stages{loss}"

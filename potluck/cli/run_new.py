@@ -27,14 +27,20 @@ def run_new(
 
     Example:  potluck run new my-run.toml --preset small --set codec.name=sparse
     """
-    from potluck.dht.template import PRESETS, template_toml
+    from potluck.dht.template import PRESETS, preset_draft, template_toml
+    from potluck.swarm.aggregate import RULE_NAMES
+    from potluck.swarm.codecs import CODEC_NAMES, make_codec
 
     if preset not in PRESETS:
         raise UserError(f"--preset {preset!r}: use one of {', '.join(PRESETS)}")
     if path.exists() and not force:
         raise UserError(f"{path} exists: choose another name, or --force to overwrite it")
+    changed = dict(map(_setting, settings or []))
+    draft = preset_draft(preset, name or path.stem, changed)
+    draft.check_known(codecs=CODEC_NAMES, rules=RULE_NAMES)
+    make_codec(draft.codec.name, draft.codec.parameters)
     try:
-        path.write_text(template_toml(preset, name or path.stem, dict(map(_setting, settings or []))))
+        path.write_text(template_toml(preset, name or path.stem, changed))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
     if as_json:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from potluck.cli.daemon import ask_daemon
+from potluck.cli.display import sat_out_line
 from potluck.cli.options import HomeOption, JsonOption, RunOption
 from potluck.cli.status import daemon_line, idle_line
 from potluck.errors import NetworkError
@@ -48,7 +49,11 @@ def _text(answer: dict[str, Any]) -> str:
     if not answer["waits"]:
         lines.append("waiting for nothing")
     if answer["alone"]:
-        lines.append(f"training alone for {answer['rounds_alone']} rounds: no other peer was seen")
+        lines.append(f"training alone for {answer['rounds_alone']} rounds: no other peer contributed")
     lines += [f"missing last round: {peer}: {reason}" for peer, reason in answer["missing"].items()]
+    if answer.get("sat_out"):
+        lines.append(sat_out_line(answer["sat_out"]))
+    elif answer.get("counted") is False:
+        lines.append("your contribution did not count last round: others did not have it in time (an upload cap?)")
     lines += [f"late in the round before: {peer}: by {by:.1f} s" for peer, by in answer.get("late", {}).items()]
     return "\n".join(lines)

@@ -161,7 +161,7 @@ class RoundsPart(_Part):
     steps: int = Field(ge=1, le=100_000, description="most local steps (H) in a round; slow peers do fewer")
     group_size: int = Field(default=16, ge=2, le=256, description="replicas that average with each other")
     exchange_seconds: float = Field(
-        gt=0,
+        ge=0.5,
         description="end of the round kept for commit, pull and apply, in seconds; less than half a round, with "
         "overlap less than a round",
     )
@@ -191,7 +191,8 @@ class RoundsPart(_Part):
         ge=1,
         le=256,
         description="parts that the tensors are exchanged in, one each round: contributions are as many times smaller; "
-        "1 exchanges all in every round; for data-parallel runs without validators",
+        "1 exchanges all in every round; no tensor is cut: the largest one is a bound; for data-parallel runs without "
+        "validators and with rounds.exchange whole",
     )
 
     @model_validator(mode="after")
@@ -236,10 +237,13 @@ class CodecPart(_Part):
     """How a contribution becomes bytes."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = Field(
-        default="int8", description="none, int8 or sparse, or another codec that every peer has"
+        default="int8", description="none, int8, int4, sparse, demo or sign"
     )
     parameters: dict[CodecParameter, Number] = Field(
-        default_factory=dict, max_length=16, description="the codec's own settings"
+        default_factory=dict,
+        max_length=16,
+        description="the codec's own settings: block (int8, int4), chunk, k and beta (sparse), k and beta (demo), "
+        "beta1 and beta2 (sign)",
     )
 
 
@@ -375,21 +379,6 @@ class ManifestDraft(_Part):
             Manifest, fields | {"organizer": organizer, "created": float(created), "genesis": float(genesis)}
         )
 
-
-class Manifest(ManifestDraft):
-    """A run's frozen description, as every peer of the run reads it."""
-
-    created: float = Field(ge=0, le=2**40, description="when it was signed, in Unix seconds")
-    genesis: float = Field(ge=0, le=2**40, description="when round 0 starts, in Unix seconds")
-    organizer: PeerIdText = Field(description="peer id of the one who signed it")
-
-    @model_validator(mode="after")
-    def _starts_after_creation(self) -> Self:
-        # A year: a run that starts later than that is a mistyped genesis, and its peers would wait silently.
-        if not self.created - 86400 <= self.genesis <= self.created + 366 * 86400:
-            raise ValueError(f"genesis is {self.genesis:.0f}, allowed from a day before to a year after `created`")
-        return self
-
     def check_known(
         self,
         *,
@@ -411,6 +400,21 @@ class Manifest(ManifestDraft):
                 f"aggregation.rule is {self.aggregation.rule!r}: with incentives.validators it must be mean, as credit "
                 "is for what each contribution moved, and validators' weights are what keeps liars out"
             )
+
+
+class Manifest(ManifestDraft):
+    """A run's frozen description, as every peer of the run reads it."""
+
+    created: float = Field(ge=0, le=2**40, description="when it was signed, in Unix seconds")
+    genesis: float = Field(ge=0, le=2**40, description="when round 0 starts, in Unix seconds")
+    organizer: PeerIdText = Field(description="peer id of the one who signed it")
+
+    @model_validator(mode="after")
+    def _starts_after_creation(self) -> Self:
+        # A year: a run that starts later than that is a mistyped genesis, and its peers would wait silently.
+        if not self.created - 86400 <= self.genesis <= self.created + 366 * 86400:
+            raise ValueError(f"genesis is {self.genesis:.0f}, allowed from a day before to a year after `created`")
+        return self
 
     def to_json(self) -> bytes:
         return self.model_dump_json().encode()

@@ -45,7 +45,7 @@ from potluck.peer.settings import PeerSettings
 from potluck.peer.telemetry import Telemetry, Vitals
 from potluck.peer.validating import Bench, Whole
 from potluck.swarm.aggregate import RULE_NAMES
-from potluck.swarm.codecs import CODEC_NAMES
+from potluck.swarm.codecs import CODEC_NAMES, make_codec
 from potluck.swarm.data import Corpus, load_corpus
 from potluck.swarm.phases import Round
 from potluck.swarm.presence import Role, new_session
@@ -86,6 +86,7 @@ class Peer:
         draft = load_toml(manifest_file)
         unsigned = draft.finish(self.identity.peer_id, created=0.0, genesis=0.0)
         unsigned.check_known(codecs=CODEC_NAMES, rules=RULE_NAMES)
+        make_codec(unsigned.codec.name, unsigned.codec.parameters)
         choose_device(self.settings.device)
         if folder := self._hosted(unsigned):
             return await self._take_part(folder, folder.manifest(), None)
@@ -162,6 +163,8 @@ class Run:
         self._stack = AsyncExitStack()
         self._reports: asyncio.Queue[RoundReport | None] = asyncio.Queue()
         self._rounds_left: int | None = None
+        #: The last round that was sat out, and why.
+        self._sat_out: dict[str, Any] | None = None
         self._fetched, self._read = Twentieths(), Twentieths()
         self._training: asyncio.Task[Any] | None = None
         self._stopping = self._leaving = False
@@ -594,7 +597,7 @@ class Run:
         }
 
     async def why(self) -> dict[str, Any]:
-        last = self.last
+        last, sat_out = self.last, self._sat_out
         return {
             "phase": self.phase,
             "now": self.clock.now(),
@@ -603,6 +606,8 @@ class Run:
             "rounds_alone": self.replica.rounds_alone if self.replica else 0,
             "missing": dict(last.missing) if last else {},
             "late": dict(last.late) if last else {},
+            "counted": last.contributed or last.contribution_bytes == 0 if last else None,
+            "sat_out": sat_out if last is None or (sat_out and sat_out["round"] >= last.round) else None,
         }
 
     async def _leave(self) -> dict[str, Any]:
@@ -636,6 +641,8 @@ class Run:
     def _on_event(self, seat: Seat, name: str, **fields: Any) -> None:
         """Of a seat's replica. Who moves applies two modules' rounds for a while; the new one's are reported."""
         self.events.emit(name, **({"module": seat.module} | fields if self.pipeline else fields))
+        if name == "swarm.round.skipped":
+            self._sat_out = {"round": fields["round"], "reason": fields["reason"]}
         if name != "swarm.round.applied":
             return
         if self.pipeline and fields["contributed"]:

@@ -7,6 +7,7 @@ increasing, else `CodecError`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -64,10 +65,18 @@ def make_codec(name: str, parameters: Mapping[str, int | float] | None = None) -
     }
     if name not in registry:
         raise ManifestError(f"codec.name: unknown codec {name!r}; this version knows {', '.join(registry)}")
+    given, settings = dict(parameters or {}), inspect.signature(registry[name]).parameters
+    known = {setting: one.default for setting, one in settings.items() if one.default is not one.empty}
+    for setting, value in given.items():
+        if setting not in known:
+            raise ManifestError(f"codec.parameters.{setting}: {name} has {', '.join(known) or 'no settings'}")
+        if isinstance(known[setting], int) and not float(value).is_integer():
+            raise ManifestError(f"codec.parameters.{setting} is {value}, allowed are whole numbers")
     try:
-        codec: Codec = registry[name](**dict(parameters or {}))  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ManifestError(f"codec.parameters of {name!r}: {error}") from None
+        codec: Codec = registry[name](**given)  # type: ignore[arg-type]
+    except ValueError as error:
+        said = ", ".join(f"{setting} = {value}" for setting, value in given.items())
+        raise ManifestError(f"codec.parameters of {name} ({said}): {error}") from None
     return codec
 
 

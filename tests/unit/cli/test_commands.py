@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from potluck.cli.display import event_line, spark_line
 from potluck.cli.main import main
 from potluck.cli.options import parse_bytes
+from potluck.cli.why import _text as why_text
 from potluck.errors import UserError
 
 COMMANDS = ["host", "join", "status", "why", "leave", "export", "generate", "demo", "run new"]
@@ -61,6 +63,43 @@ def test_run_new_writes_what_host_reads_and_never_overwrites(
     assert run(monkeypatch, "run", "new", path, "--force", "--set", "rounds.secondz=1") == 4
     assert "secondz" in capsys.readouterr().err
     assert run(monkeypatch, "no-such-command") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["codec.name=foo"], "codec.name is 'foo', this program knows demo, int4, int8, none, sign, sparse"),
+        (["aggregation.rule=foo"], "aggregation.rule is 'foo'"),
+        (["codec.name=sparse", "codec.parameters.k=0"], "codec.parameters of sparse (k = 0): k must be 1 to chunk"),
+        (["codec.name=sparse", "codec.parameters.k=1.5"], "codec.parameters.k is 1.5, allowed are whole numbers"),
+        (["codec.name=sparse", "codec.parameters.foo=9"], "codec.parameters.foo: sparse has chunk, k, beta"),
+        (["codec.name=none", "codec.parameters.k=9"], "codec.parameters.k: none has no settings"),
+        (["rounds.exchange_seconds=0.0001"], "exchange_seconds"),
+    ],
+)
+def test_run_new_refuses_what_host_would_refuse(
+    settings: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.toml"
+    assert run(monkeypatch, "run", "new", str(path), *(each for text in settings for each in ("--set", text))) == 4
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"sat_out": {"round": 7, "reason": "cap_too_low"}}, "round 7 is sat out: nobody could fetch"),
+        ({"counted": False}, "your contribution did not count last round"),
+        (
+            {"missing": {"p1": "busy"}, "late": {"p2": 0.6}},
+            "missing last round: p1: busy\nlate in the round before: p2",
+        ),
+    ],
+)
+def test_why_says_what_became_of_ones_own_contribution(answer: dict[str, Any], said: str) -> None:
+    base = {"phase": "training", "now": 0.0, "waits": [], "alone": False, "rounds_alone": 0, "missing": {}, "late": {}}
+    assert said in why_text({**base, "counted": True, "sat_out": None, **answer})
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [3.0, 2.0, 1.0]])

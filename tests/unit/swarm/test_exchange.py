@@ -27,7 +27,7 @@ def offer(folder: Path, rate: float | None, size: int) -> Any:
 
 
 def test_a_contribution_that_nobody_could_have_in_time_is_not_offered(tmp_path: Path) -> None:
-    with pytest.raises(CapTooLow, match="raise the cap to 52 kB/s at least"):
+    with pytest.raises(CapTooLow, match="raise the cap to 104 kB/s"):
         offer(tmp_path, 50_000, 100_000)
     assert not list(tmp_path.glob("*.blob"))
 

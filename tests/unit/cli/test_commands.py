@@ -91,10 +91,8 @@ def test_run_new_refuses_what_host_would_refuse(
     [
         ({"sat_out": {"round": 7, "reason": "cap_too_low"}}, "round 7 is sat out: nobody could fetch"),
         ({"counted": False}, "your contribution did not count last round"),
-        (
-            {"missing": {"p1": "busy"}, "late": {"p2": 0.6}},
-            "missing last round: p1: busy\nlate in the round before: p2",
-        ),
+        ({"missing": {"p1": "busy"}}, "missing last round: p1: busy"),
+        ({"late": {"p2": 0.6}}, "late in the round before: p2: by 0.6 s"),
     ],
 )
 def test_why_says_what_became_of_ones_own_contribution(answer: dict[str, Any], said: str) -> None:

@@ -46,6 +46,9 @@ class Dense:
             raise IndexError(f"{values.size} values for {update.size}")
         _add(update, values, np.float32(factor))
 
+    def read(self, part: slice, into: Flat) -> None:
+        into[:] = self.values[part]
+
     def square_sum(self, part: slice) -> float:
         return square_sum(self.values[part])
 
@@ -129,14 +132,14 @@ class Quantized:
     def values(self) -> Flat:
         """All of them, computed anew each time."""
         values = np.empty(self._starts[-1], dtype=np.float32)
-        self.read(values)
+        for part in slabs(0, values.size, SLAB_VALUES):
+            self.read(part, values[part])
         return values
 
-    def read(self, into: Flat) -> None:
-        """Writes all of them, (layout.size,)."""
-        for part in slabs(0, into.size, SLAB_VALUES):
-            for one, begin, end, at in self._inside(part):
-                one.read(begin, end, into[part][at : at + end - begin])
+    def read(self, part: slice, into: Flat) -> None:
+        """Writes those of a part, (part's size,)."""
+        for one, begin, end, at in self._inside(part):
+            one.read(begin, end, into[at : at + end - begin])
 
     @cached_property
     def length(self) -> float:
@@ -165,6 +168,8 @@ class Quantized:
 
 
 Contribution = Dense | Sparse | Quantized
+#: A dense update in parts of the flat vector, one after another; None: zeros.
+Segments = Sequence[tuple[slice, Dense | Quantized | None]]
 
 
 def _length(values: Flat) -> float:

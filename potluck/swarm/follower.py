@@ -25,9 +25,10 @@ from potluck.net.host import PeerId
 from potluck.swarm.aggregate import aggregate, token_weights
 from potluck.swarm.agreement import Agreement, Claim, agreement
 from potluck.swarm.codecs import Codec
+from potluck.swarm.contribution import SLAB_VALUES, Segments
 from potluck.swarm.exchange import Exchange
 from potluck.swarm.fragments import blend, decode_fragment, encode_fragment, root_mean_square
-from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.layout import Flat, Layout, slabs
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.parts import Part, parts_of
 from potluck.swarm.phases import Round, RoundClock
@@ -155,7 +156,7 @@ class Follower:
         #: Rounds that we contributed to.
         self._published: deque[int] = deque(maxlen=2 * rules.retain)
         self._vectors = Recycled(layout.size)
-        pulling = partial(SlicedPuller, vectors=self._vectors, draw=draw) if rules.sliced else Puller
+        pulling = partial(SlicedPuller, draw=draw) if rules.sliced else Puller
         self._puller: Puller = pulling(
             peer=peer,
             module=module,
@@ -243,20 +244,21 @@ class Follower:
 
         def step() -> tuple[ReplicaState, float, float]:
             base, distance = self._blend_fragments(own, view, round_)
-            rules, update = self.rules, view.update
-            if update is None:
+            if view.update is not None:
+                theta, velocity = self._step_by_segments(base, own.velocity, view.update, round_)
+            else:
+                rules, layout = self.rules, self._part(round_).layout
                 update = aggregate(
                     {p: view.contributions[p] for p in present},
                     weights,
-                    self._part(round_).layout,
+                    layout,
                     clip=rules.clip,
                     steered=bool(steered),
                     rule=rules.rule,
                     liars=rules.liars,
-                    out=self._vectors.zeros() if len(self.parts) == 1 else None,
+                    out=self._vectors.zeros() if rules.rule == "mean" and len(self.parts) == 1 else None,
                 )
-            update = self.codec.update_of(update, self._part(round_).layout)
-            theta, velocity = self._outer_step(base, own.velocity, update, round_)
+                theta, velocity = self._outer_step(base, own.velocity, self.codec.update_of(update, layout), round_)
             after = ReplicaState(
                 self.module, self.layout, Round(round_ + 1), theta, velocity, own.history + len(present)
             )
@@ -290,6 +292,20 @@ class Follower:
             velocity = velocity.copy()
             velocity[part] = faster
         return theta, velocity
+
+    def _step_by_segments(
+        self, theta: Flat, velocity: Flat | None, update: Segments, round_: Round
+    ) -> tuple[Flat, Flat | None]:
+        """As `_outer_step`, of what is decoded slab by slab: the update is never in memory as a whole."""
+        into, faster = self._vectors.any(), self.outer.fresh(velocity)
+        for segment, piece in update:
+            for part in slabs(segment.start, segment.stop, SLAB_VALUES):
+                if piece is None:
+                    into[part] = 0
+                else:
+                    piece.read(slice(part.start - segment.start, part.stop - segment.start), into[part])
+                self.outer.move(theta[part], None if faster is None else faster[part], into[part], round_)
+        return into, faster
 
     def _blend_fragments(self, state: ReplicaState, view: View, round_: Round) -> tuple[Flat, float]:
         if not view.fragments:

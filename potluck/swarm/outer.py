@@ -34,13 +34,21 @@ class OuterStep:
 
         v' = mu v + u;  theta' = theta - lr (u + mu v') with Nesterov, theta - lr v' without.
         """
+        faster = self.fresh(velocity)
+        self.move(theta, faster, update, round_)
+        return update, faster
+
+    def fresh(self, velocity: Flat | None) -> Flat | None:
+        """A velocity that `move` may write to."""
+        return velocity if self.momentum == 0.0 or velocity is None else velocity.copy()
+
+    def move(self, theta: Flat, velocity: Flat | None, update: Flat, round_: int) -> None:
+        """`apply` to a part of all vectors: theta of the next round is written into `update`, velocity into itself."""
         rate = np.float32(self.learning_rate)
         if self.momentum == 0.0 or velocity is None:
             _step(theta, update, rate)
-            return update, velocity
-        faster = velocity.copy()
-        _step_with_momentum(theta, faster, update, rate, np.float32(self.momentum_at(round_)), self.nesterov)
-        return update, faster
+        else:
+            _step_with_momentum(theta, velocity, update, rate, np.float32(self.momentum_at(round_)), self.nesterov)
 
 
 # Both write theta of the next round into `update`.

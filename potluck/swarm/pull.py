@@ -17,7 +17,7 @@ from potluck.errors import BlobUnavailable, PotluckError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.host import PeerId
 from potluck.swarm.codecs import Codec
-from potluck.swarm.contribution import Contribution
+from potluck.swarm.contribution import Contribution, Segments
 from potluck.swarm.exchange import Exchange
 from potluck.swarm.fragments import decode_fragment, fragment_bytes
 from potluck.swarm.layout import Flat, Layout
@@ -38,7 +38,7 @@ class View:
     fragments: dict[PeerId, Flat] = field(default_factory=dict)
     missing: dict[PeerId, str] = field(default_factory=dict)
     #: Of a sliced exchange (`sliced.py`): what was aggregated, of whom.
-    update: Flat | None = None
+    update: Segments | None = None
     aggregated: set[PeerId] = field(default_factory=set)
 
     @property

@@ -29,8 +29,7 @@ from potluck.net.host import PeerId
 from potluck.swarm.aggregate import aggregate, token_weights
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE
 from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
-from potluck.swarm.contribution import Contribution, Quantized
-from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.contribution import Contribution, Dense, Quantized
 from potluck.swarm.ownership import MARK_BYTES, owned_by
 from potluck.swarm.phases import Round
 from potluck.swarm.pull import Puller, View
@@ -80,16 +79,15 @@ class _Round:
     owners: Sequence[PeerId]
     #: Whose commit each name (`name_of`) is.
     names: Mapping[bytes, PeerId]
-    update: Flat
-    #: Segments that are in `update`.
-    filled: set[int] = field(default_factory=set)
+    #: Of each segment, what it comes to, as soon as that is known.
+    pieces: dict[int, Dense | Quantized] = field(default_factory=dict)
     #: Of segments that others aggregated, as they came: whose contributions are in them, and a digest.
     told: dict[int, tuple[frozenset[PeerId], bytes]] = field(default_factory=dict)
     #: By whom.
     accused: dict[PeerId, tuple[Accusation, ...]] = field(default_factory=dict)
     #: Who failed to give a segment that it should have aggregated.
     failed: set[PeerId] = field(default_factory=set)
-    #: Of each segment in `update`, whose contributions are in it.
+    #: Of each of these, whose contributions are in it.
     counted: dict[int, frozenset[PeerId]] = field(default_factory=dict)
     #: Who gave us nothing of its own.
     silent: set[PeerId] = field(default_factory=set)
@@ -104,12 +102,10 @@ class _Round:
 
 
 class SlicedPuller(Puller):
-    """Gives `view.update` instead of contributions. `vectors`: for updates. `draw(n)` gives a number below n that
-    nobody can foretell."""
+    """Gives `view.update` instead of contributions. `draw(n)` gives a number below n that nobody can foretell."""
 
-    def __init__(self, *, vectors: Recycled, draw: Callable[[int], int], **pulling: Any) -> None:
+    def __init__(self, *, draw: Callable[[int], int], **pulling: Any) -> None:
         super().__init__(**pulling)
-        self._vectors = vectors
         assert isinstance(self._codec, DenseCodec)
         self._dense: DenseCodec = self._codec
         self._draw = draw
@@ -148,7 +144,7 @@ class SlicedPuller(Puller):
         owners = await self._in_thread(assign, len(self._ranges), commits, round_)
         names = {name_of(commit): peer for peer, commit in commits.items()}
         drawn = self._to_check(owners, len(commits))
-        one = _Round(round_, commits, owners, names, self._vectors.any(), drawn=drawn)
+        one = _Round(round_, commits, owners, names, drawn=drawn)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._aggregate_mine(one, raw_by, view))
             for peer in sorted(set(one.owners) - self.distrusted - {self._peer}):
@@ -163,13 +159,11 @@ class SlicedPuller(Puller):
         # Behind what the update needs: whoever accuses must not keep others from that.
         await self._look_into_one(one, pull_by)
         await self._fill_raw(one, pull_by, view)
-        for segment in self._missing(one):
-            one.update[self._ranges[segment]] = 0.0
-        view.update = one.update
-        view.aggregated = named_by_most([one.counted[segment] for segment in sorted(one.filled)])
+        view.update = [(part, one.pieces.get(segment)) for segment, part in enumerate(self._ranges)]
+        view.aggregated = named_by_most([one.counted[segment] for segment in sorted(one.pieces)])
         for peer in view.aggregated:
             view.missing.pop(peer, None)
-        self._past.append(replace(one, update=Layout(()).zeros(), filled=set()))
+        self._past.append(replace(one, pieces={}))
         return True
 
     async def _fill_raw(self, one: _Round, until: float, view: View) -> None:
@@ -182,7 +176,7 @@ class SlicedPuller(Puller):
         """Nobody catches up by whole contributions."""
 
     def _missing(self, one: _Round) -> list[int]:
-        return [segment for segment in range(len(self._ranges)) if segment not in one.filled]
+        return [segment for segment in range(len(self._ranges)) if segment not in one.pieces]
 
     async def _genuine(self, view: View, until: float) -> dict[PeerId, Commit]:
         """The commits whose blobs can be theirs. The mark lies at a blob's end, and is looked at only where two commit
@@ -272,7 +266,7 @@ class SlicedPuller(Puller):
                 group.create_task(get(peer, commit))
 
     async def _aggregate(self, one: _Round, segment: int, parts: Mapping[PeerId, Contribution]) -> bytes:
-        """Put a segment into the update; as it is told to others."""
+        """Make a segment of the update; as it is told to others."""
 
         def work() -> bytes:
             encoded = self._aggregated(one, segment, parts)
@@ -310,18 +304,13 @@ class SlicedPuller(Puller):
         ref, left = BlobRef(BlobId(commit.blob), commit.size), max(0.05, until - self._now())
         await self._exchange.fetch_chunks(ref, peer, indexes, left, on_chunk)
 
-    def _decoded(self, data: bytes | memoryview, segment: int) -> Contribution:
+    def _decoded(self, data: bytes | memoryview, segment: int) -> Dense | Quantized:
         """`data`: of the segment, and what may lie behind it in its chunk."""
         values = self._layouts[segment].size
         return self._dense.decode_segment(memoryview(data)[: self._dense.segment_bytes(values)], values)
 
     def _fill(self, one: _Round, segment: int, data: bytes | memoryview) -> None:
-        decoded, part = self._decoded(data, segment), one.update[self._ranges[segment]]
-        if isinstance(decoded, Quantized):
-            decoded.read(part)
-        else:
-            part[:] = decoded.values
-        one.filled.add(segment)
+        one.pieces[segment] = self._decoded(data, segment)
 
     # ---- what others aggregated -----------------------------------------------------------------------------
 
@@ -420,7 +409,8 @@ class SlicedPuller(Puller):
             self._accusations.append(accusation)  # others ask it, too
         if event == "swarm.slices.lied" or len(self._unproved[owner]) >= MOST_UNPROVED:
             self.distrusted.add(owner)
-            one.filled.difference_update(one.of(owner))
+            for segment in one.of(owner):
+                one.pieces.pop(segment, None)
 
     async def _look_into_one(self, now: _Round, until: float) -> None:
         """One accusation of one of those who accuse, drawn: who cries most is not heard most, and what it costs is

@@ -14,7 +14,7 @@ from potluck.errors import CodecError
 from potluck.net.blobs import CHUNK_BYTES
 from potluck.swarm.codecs import Codec
 from potluck.swarm.codecs.frame import TRAILER_BYTES, payload, trailer
-from potluck.swarm.contribution import Contribution
+from potluck.swarm.contribution import Contribution, Dense, Quantized
 from potluck.swarm.layout import Flat, Layout, slabs
 
 SEGMENT_BYTES: Final = CHUNK_BYTES
@@ -33,7 +33,7 @@ class DenseCodec(Codec, ABC):
         """A segment's bytes as buffers. Raises ValueError for values that are not finite, where it looks at them."""
 
     @abstractmethod
-    def decode_segment(self, data: bytes | memoryview, values: int) -> Contribution:
+    def decode_segment(self, data: bytes | memoryview, values: int) -> Dense | Quantized:
         """`data`: exactly `segment_bytes(values)`. Raises CodecError."""
 
     @abstractmethod

@@ -615,7 +615,7 @@ def main() -> None:
     def counts(way: str) -> tuple[int, int]:
         if not options.quick:
             return options.syncs, options.warm
-        return {"none": (1, 2), "int8": (3, 3), "float32": (1, 1), "uniform8": (1, 1)}[way]
+        return {"none": (1, 2), "int8": (2, 3), "float32": (1, 1), "uniform8": (1, 1)}[way]
 
     def shaped_counts(way: str) -> tuple[int, int]:
         if not options.quick:

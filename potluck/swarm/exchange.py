@@ -101,6 +101,10 @@ class Exchange(Protocol):
         """How many peers there are, about: what a replica goes by until it has seen a round."""
         ...
 
+    def check_download(self, size: int, seconds: float) -> None:
+        """Raises CapTooLow if so many bytes cannot come in that time under our own cap."""
+        ...
+
     def traffic(self) -> tuple[int, int]:
         """(bytes sent, bytes received) so far, everything counted."""
         ...
@@ -275,6 +279,15 @@ class NetworkExchange:
 
     def network_size(self) -> float:
         return self._directory.network_size()
+
+    def check_download(self, size: int, seconds: float) -> None:
+        needed, rate = self._rpc.download.seconds(size), self._rpc.download.rate
+        if rate is not None and needed > seconds:
+            raise CapTooLow(
+                f"the download cap of {rate / 1e3:.0f} kB/s is too low for this run: a round's contributions, "
+                f"{size / 1e6:.2f} MB, are to be had within {seconds:.1f} s, or the group's state is loaded again and "
+                f"again; raise the cap to {2 * needed / seconds * rate / 1e3:.0f} kB/s, or leave"
+            )
 
     def traffic(self) -> tuple[int, int]:
         return self._rpc.bytes_sent, self._rpc.bytes_received

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from potluck.dht.records import Commit, Signed
-from potluck.errors import BlobUnavailable, PotluckError
+from potluck.errors import BlobUnavailable, CapTooLow, PotluckError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.host import PeerId
 from potluck.swarm.codecs import Codec
@@ -111,6 +111,8 @@ class Puller:
         self._emit = emit
         self._parts = parts_of(layout, rules.stream)
         self._most, self._fragments = MAX_OF_GROUP_SIZE * rules.group_size, rules.fragments
+        #: That the download cap is too low was said, and is so still.
+        self._cap_too_low = False
 
     async def pull(
         self,
@@ -152,7 +154,22 @@ class Puller:
         new = {peer: commit for peer, commit in known.items() if peer in members and peer not in view.commits}
         view.commits.update(new)
         view.keep(members)
+        if new:
+            self._look_at_cap(self._bytes_of(new), left)
         return new
+
+    def _bytes_of(self, new: Mapping[PeerId, Commit]) -> int:
+        """What comes from others."""
+        return sum(commit.size for peer, commit in new.items() if peer != self._peer)
+
+    def _look_at_cap(self, size: int, seconds: float) -> None:
+        said, self._cap_too_low = self._cap_too_low, False
+        try:
+            self._exchange.check_download(size, seconds)
+        except CapTooLow as error:
+            self._cap_too_low = True
+            if not said:
+                self._emit("peer.cap.too_low", error=str(error))
 
     def counts(self, signed: Signed[Commit], round_: Round) -> bool:
         """Commits stamped after the deadline count for nobody, nor do those that trained nothing, or claim more steps

@@ -166,6 +166,10 @@ class SlicedPuller(Puller):
         self._past.append(replace(one, pieces={}))
         return True
 
+    def _bytes_of(self, new: Mapping[PeerId, Commit]) -> int:
+        """Of n members' bytes, an n-th raw and the others' aggregates."""
+        return 2 * super()._bytes_of(new) // len(new)
+
     async def _fill_raw(self, one: _Round, until: float, view: View) -> None:
         """Aggregate what nobody else did."""
         if missing := self._missing(one):

@@ -188,5 +188,7 @@ class FakeExchange:
     def network_size(self) -> float:
         return 1.0
 
+    def check_download(self, size: int, seconds: float) -> None: ...
+
     def traffic(self) -> tuple[int, int]:
         return 0, 0

@@ -32,6 +32,21 @@ def test_a_contribution_that_nobody_could_have_in_time_is_not_offered(tmp_path: 
     assert not list(tmp_path.glob("*.blob"))
 
 
+@pytest.mark.parametrize(("rate", "enough"), [(None, True), (60_000, True), (50_000, False)])
+def test_a_download_cap_that_is_too_low_is_named_with_what_would_do(
+    rate: float | None, enough: bool, tmp_path: Path
+) -> None:
+    async def go() -> None:
+        rpc: Any = SimpleNamespace(download=Pace(rate))
+        NetworkExchange(None, rpc, BlobStore(tmp_path, 10**9), 60.0, 3).check_download(100_000, 2.0)  # type: ignore[arg-type]
+
+    if enough:
+        asyncio.run(go())
+    else:
+        with pytest.raises(CapTooLow, match=r"download cap of 50 kB/s is too low.* raise the cap to 104 kB/s"):
+            asyncio.run(go())
+
+
 def test_chunks_of_a_blob_here_that_has_another_size_are_refused(tmp_path: Path) -> None:
     store = BlobStore(tmp_path, 10**9)
     ref = store.put(b"small")

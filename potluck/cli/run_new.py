@@ -27,7 +27,7 @@ def run_new(
 
     Example:  potluck run new my-run.toml --preset small --set codec.name=sparse
     """
-    from potluck.dht.template import PRESETS, preset_draft, template_toml
+    from potluck.dht.template import PRESETS, draft_toml, preset_draft
     from potluck.swarm.aggregate import RULE_NAMES
     from potluck.swarm.codecs import CODEC_NAMES, make_codec
 
@@ -35,12 +35,11 @@ def run_new(
         raise UserError(f"--preset {preset!r}: use one of {', '.join(PRESETS)}")
     if path.exists() and not force:
         raise UserError(f"{path} exists: choose another name, or --force to overwrite it")
-    changed = dict(map(_setting, settings or []))
-    draft = preset_draft(preset, name or path.stem, changed)
+    draft = preset_draft(preset, name or path.stem, dict(map(_setting, settings or [])))
     draft.check_known(codecs=CODEC_NAMES, rules=RULE_NAMES)
     make_codec(draft.codec.name, draft.codec.parameters)
     try:
-        path.write_text(template_toml(preset, name or path.stem, changed))
+        path.write_text(draft_toml(draft))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
     if as_json:

@@ -154,8 +154,12 @@ def preset_draft(preset: str, name: str, overrides: Mapping[str, Any] | None = N
 
 
 def template_toml(preset: str, name: str, overrides: Mapping[str, Any] | None = None) -> str:
-    """A manifest for people to edit: every setting with its meaning above it. Raises ManifestError."""
-    draft = preset_draft(preset, name, overrides)
+    """A preset as `draft_toml`, some settings changed. Raises ManifestError."""
+    return draft_toml(preset_draft(preset, name, overrides))
+
+
+def draft_toml(draft: ManifestDraft) -> str:
+    """A manifest for people to edit: every setting with its meaning above it."""
     header = [
         "# A Potluck run. Edit, then start it with: potluck host THIS-FILE",
         "# Its id is the hash of the signed manifest, so nothing here can change once the run has started.",

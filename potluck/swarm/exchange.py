@@ -19,6 +19,7 @@ from potluck.errors import CapTooLow
 from potluck.net.blobs import CHUNK_BYTES, BlobId, BlobRef, BlobStore
 from potluck.net.fetch import FetchReport, fetch, fetch_chunks
 from potluck.net.host import PeerId
+from potluck.net.pace import Pace
 from potluck.net.rpc import Rpc
 from potluck.net.wire import Buffer
 from potluck.swarm.phases import Round
@@ -159,16 +160,8 @@ class NetworkExchange:
 
     async def offer(self, buffers: Sequence[Buffer], reveal_at: float) -> BlobRef:
         size = sum(map(len, buffers))
-        needed, rate = self._rpc.upload.seconds(size), self._rpc.upload.rate
-        if rate is not None and needed > self._pull_seconds:
-            # To commit to it all the same would leave the others without it, and us with a state of our own.
-            # Twice what one copy takes: others share the line, and in sliced rounds raw segments have 0.6 of the time.
-            enough = 2 * needed / self._pull_seconds * rate
-            raise CapTooLow(
-                f"the upload cap of {rate / 1e3:.0f} kB/s is too low for this run: a contribution of "
-                f"{size / 1e6:.2f} MB is to be had within {self._pull_seconds:.1f} s; raise the cap to "
-                f"{enough / 1e3:.0f} kB/s, or leave"
-            )
+        # To commit to it all the same would leave the others without it, and us with a state of our own.
+        _check_cap("upload", self._rpc.upload, size, self._pull_seconds, "a contribution of {:.2f} MB is to be had")
         ref = await asyncio.to_thread(self._store.put, *buffers, reveal_at=reveal_at)
         self._keep(ref.id)
         return ref
@@ -281,13 +274,20 @@ class NetworkExchange:
         return self._directory.network_size()
 
     def check_download(self, size: int, seconds: float) -> None:
-        needed, rate = self._rpc.download.seconds(size), self._rpc.download.rate
-        if rate is not None and needed > seconds:
-            raise CapTooLow(
-                f"the download cap of {rate / 1e3:.0f} kB/s is too low for this run: a round's contributions, "
-                f"{size / 1e6:.2f} MB, are to be had within {seconds:.1f} s, or the group's state is loaded again and "
-                f"again; raise the cap to {2 * needed / seconds * rate / 1e3:.0f} kB/s, or leave"
-            )
+        need = "a round's contributions, {:.2f} MB, are to be had, or the group's state is loaded again and again,"
+        _check_cap("download", self._rpc.download, size, seconds, need)
 
     def traffic(self) -> tuple[int, int]:
         return self._rpc.bytes_sent, self._rpc.bytes_received
+
+
+def _check_cap(way: str, pace: Pace, size: int, seconds: float, need: str) -> None:
+    """`need`: a sentence with a place for megabytes."""
+    needed, rate = pace.seconds(size), pace.rate
+    if rate is not None and needed > seconds:
+        # Twice what one copy takes: others share the line, and in sliced rounds raw segments have 0.6 of the time.
+        enough = 2 * needed / seconds * rate
+        raise CapTooLow(
+            f"the {way} cap of {rate / 1e3:.0f} kB/s is too low for this run: {need.format(size / 1e6)} "
+            f"within {seconds:.1f} s; raise the cap to {enough / 1e3:.0f} kB/s, or leave"
+        )

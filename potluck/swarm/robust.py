@@ -88,31 +88,27 @@ def median(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Fla
 
 def geometric_median(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Flat:
     """The point with the least weighted sum of distances."""
-    near, away = neighbours(slab, size, len(weights), liars)
-    points = shares_of(near)
-    point = points[_central(points, away)]
-    for _ in range(STEPS):
-        far = [distance(point - each, away) for each in points]
+
+    def step(point: Shares, points: Points, far: Sequence[float]) -> Shares:
         least = SMOOTHING * _lower_median(far)
         if least == 0.0:  # most are where we are
-            break
-        factors = [weight / max(each, least) for weight, each in zip(weights, far, strict=True)]
-        point = _mix(points, factors)
-    return combination(slab, size, point)
+            return point
+        return _mix(points, [weight / max(each, least) for weight, each in zip(weights, far, strict=True)])
+
+    return _settled(slab, size, len(weights), liars, step)
 
 
 def centered_clip(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Flat:
-    near, away = neighbours(slab, size, len(weights), liars)
-    points, total = shares_of(near), math.fsum(weights)
-    point = points[_central(points, away)]
-    for _ in range(STEPS):
-        far = [distance(point - each, away) for each in points]
+    total = math.fsum(weights)
+
+    def step(point: Shares, points: Points, far: Sequence[float]) -> Shares:
         most = _lower_median(far)
         factors = [
             weight / total * (most / each if each > most else 1.0) for weight, each in zip(weights, far, strict=True)
         ]
-        point = _mix(np.vstack([points, point]), [*factors, max(0.0, 1.0 - math.fsum(factors))])
-    return combination(slab, size, point)
+        return _mix(np.vstack([points, point]), [*factors, max(0.0, 1.0 - math.fsum(factors))])
+
+    return _settled(slab, size, len(weights), liars, step)
 
 
 def nearest(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Flat:
@@ -126,14 +122,13 @@ def mixed(rule: Rule) -> Rule:
     """The rule, of nearest neighbours' means."""
 
     def of_means(slab: Slab, size: int, weights: Sequence[float], liars: float) -> Flat:
-        points = shares_of(neighbours(slab, size, len(weights), liars)[0])
+        near, _ = neighbours(slab, size, len(weights), liars)
+        points = dict(zip(near, shares_of(near), strict=True))  # many have the same neighbours
 
         def means(part: slice) -> Rows:
-            rows, found = slab(part), dict[bytes, Flat]()
-            for point in points:
-                if point.tobytes() not in found:
-                    found[point.tobytes()] = mean_of(rows, point)
-            return np.stack([found[point.tobytes()] for point in points])
+            rows = slab(part)
+            found = {those: mean_of(rows, point) for those, point in points.items()}
+            return np.stack([found[those] for those in near])
 
         return rule(means, size, weights, liars)
 
@@ -187,6 +182,18 @@ def combination(slab: Slab, size: int, shares: Sequence[float] | Shares) -> Flat
     return update
 
 
+def _settled(
+    slab: Slab, size: int, n: int, liars: float, step: Callable[[Shares, Points, Sequence[float]], Shares]
+) -> Flat:
+    """What a point comes to after some steps among mixed contributions. `step` gets it, them, and its distances."""
+    near, away = neighbours(slab, size, n, liars)
+    points = shares_of(near)
+    point = points[_central(points, away)]
+    for _ in range(STEPS):
+        point = step(point, points, [distance(point - each, away) for each in points])
+    return combination(slab, size, point)
+
+
 def _central(points: Points, away: Squares) -> int:
     """The point with the least sum of distances from the others."""
     sums = [math.fsum(distance(one - other, away) for other in points) for one in points]
@@ -195,9 +202,9 @@ def _central(points: Points, away: Squares) -> int:
 
 def _mix(points: Points, factors: Sequence[float]) -> Shares:
     """Their weighted mean."""
-    mean = np.zeros(points.shape[1])
+    mean, total = np.zeros(points.shape[1]), math.fsum(factors)
     for point, factor in zip(points, factors, strict=True):
-        mean += point * (factor / math.fsum(factors))
+        mean += point * (factor / total)
     return mean
 
 

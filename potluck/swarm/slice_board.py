@@ -42,16 +42,22 @@ class _Told(NamedTuple):
     data: bytes
 
 
+class _Newest(NamedTuple):
+    """The newest round that was begun. `over` is resolved when the next one is; `members` may wait until then."""
+
+    round: int
+    over: asyncio.Future[None]
+    members: frozenset[PeerId]
+
+
 class SliceBoard:
     """One for all modules of a peer."""
 
     def __init__(self, rpc: Rpc) -> None:
         self._rpc = rpc
         self._rounds: OrderedDict[Key, dict[int, asyncio.Future[_Told]]] = OrderedDict()
-        #: By module: the newest round that was begun, and what is resolved when the next one is.
-        self._newest: dict[str, tuple[int, asyncio.Future[None]]] = {}
-        #: By module: who may wait here.
-        self._members: dict[str, frozenset[PeerId]] = {}
+        #: By module.
+        self._newest: dict[str, _Newest] = {}
         self._waiting: Counter[PeerId] = Counter()
         rpc.register(METHOD, self._answer, max_request_bytes=0)
 
@@ -61,14 +67,14 @@ class SliceBoard:
         self._rounds.setdefault((module, round_), {segment: loop.create_future() for segment in segments})
         while len(self._rounds) > MOST_KEPT:
             self.forget(*next(iter(self._rounds)))
-        newest, begun = self._newest.get(module, (round_, None))
-        self._newest[module] = max(newest, round_), loop.create_future()
-        self._members[module] = frozenset(members)
-        if begun is not None:
-            begun.set_result(None)
+        before = self._newest.get(module)
+        newest = round_ if before is None else max(before.round, round_)
+        self._newest[module] = _Newest(newest, loop.create_future(), frozenset(members))
+        if before is not None:
+            before.over.set_result(None)
 
     def tell(self, module: str, round_: int, segment: int, word: Aggregated, data: bytes) -> None:
-        told = self._rounds.get((module, round_), {}).get(segment)
+        told = self._of(module, round_, segment)
         if told is not None and not told.done():
             told.set_result(_Told(word, data))
 
@@ -81,8 +87,7 @@ class SliceBoard:
         self.end(module, round_)
         self._rounds.pop((module, round_), None)
         if module in self._newest and not any(key[0] == module for key in self._rounds):
-            self._newest.pop(module)[1].set_result(None)
-            del self._members[module]
+            self._newest.pop(module).over.set_result(None)
 
     async def ask(
         self, peer: PeerId, module: str, round_: int, segment: int, into: memoryview, timeout_seconds: float
@@ -98,10 +103,11 @@ class SliceBoard:
             asked = msgspec.convert(head, _Asked)
         except msgspec.ValidationError as error:
             raise ProtocolError(f"{METHOD}: {error}") from None
-        there = self._rounds.get((asked.module, asked.round), {}).get(asked.segment)
+        there = self._of(asked.module, asked.round, asked.segment)
         if there is not None and there.done() and not there.cancelled():
             return self._reply(there.result(), head)
-        if peer not in self._members.get(asked.module, ()):
+        newest = self._newest.get(asked.module)
+        if newest is None or peer not in newest.members:
             raise NothingTold("only members of the last round wait for segments here")
         if self._waiting[peer] >= MOST_WAITING_OF_PEER or self._waiting.total() >= MOST_WAITING:
             raise NothingTold("too many wait for segments here")
@@ -114,14 +120,17 @@ class SliceBoard:
                 del self._waiting[peer]
         return self._reply(told, head)
 
+    def _of(self, module: str, round_: int, segment: int) -> asyncio.Future[_Told] | None:
+        return self._rounds.get((module, round_), {}).get(segment)
+
     def _reply(self, told: _Told, head: dict[str, Any]) -> Reply:
         return Reply(told.word.head(), asked_range(memoryview(told.data), head))
 
     async def _told(self, module: str, round_: int, segment: int) -> _Told:
         # Others' clocks may be ahead of ours.
-        while (newest := self._newest.get(module)) is not None and newest[0] + 1 == round_:
-            await asyncio.shield(newest[1])
-        told = self._rounds.get((module, round_), {}).get(segment)
+        while (newest := self._newest.get(module)) is not None and newest.round + 1 == round_:
+            await asyncio.shield(newest.over)
+        told = self._of(module, round_, segment)
         nothing = f"segment {segment} of {module} is not aggregated here in round {round_}"
         if told is None:
             raise NothingTold(nothing)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -274,7 +274,7 @@ class SlicedPuller(Puller):
 
         def work() -> bytes:
             encoded = self._aggregated(one, segment, parts)
-            self._fill(one, segment, encoded)
+            one.pieces[segment] = self._decoded(encoded, segment)
             return encoded
 
         if not parts:
@@ -312,9 +312,6 @@ class SlicedPuller(Puller):
         """`data`: of the segment, and what may lie behind it in its chunk."""
         values = self._layouts[segment].size
         return self._dense.decode_segment(memoryview(data)[: self._dense.segment_bytes(values)], values)
-
-    def _fill(self, one: _Round, segment: int, data: bytes | memoryview) -> None:
-        one.pieces[segment] = self._decoded(data, segment)
 
     # ---- what others aggregated -----------------------------------------------------------------------------
 
@@ -362,7 +359,7 @@ class SlicedPuller(Puller):
                 await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     def _fill_and_hash(self, one: _Round, segment: int, data: memoryview) -> bytes:
-        self._fill(one, segment, data)
+        one.pieces[segment] = self._decoded(data, segment)
         return blake3(data).digest()
 
     # ---- checking others ------------------------------------------------------------------------------------
@@ -390,8 +387,13 @@ class SlicedPuller(Puller):
             except TimeoutError:
                 return found
             if one.drawn in one.told:
-                await self._raw([one.drawn], _of(one.commits, one.told[one.drawn][0]), until, keep)
+                await self._raw_of_told(one, one.drawn, until, keep)
         return found
+
+    async def _raw_of_told(self, one: _Round, segment: int, until: float, then: Then) -> None:
+        """Pull what is in a segment, as its aggregator says."""
+        members, _ = one.told[segment]
+        await self._raw([segment], {peer: one.commits[peer] for peer in sorted(members)}, until, then)
 
     async def _check(self, one: _Round, segment: int, raw: Mapping[PeerId, Contribution]) -> None:
         """Whether a segment is what `raw` gives. If not, all that its aggregator said is dropped. So it is where the
@@ -419,21 +421,21 @@ class SlicedPuller(Puller):
     async def _look_into_one(self, now: _Round, until: float) -> None:
         """One accusation of one of those who accuse, drawn: who cries most is not heard most, and what it costs is
         bounded. Others' word is not believed: the segment is computed here."""
-        worth = [[each for each in accused if self._round_of(each, now)] for _, accused in sorted(now.accused.items())]
-        if not (worth := [accused for accused in worth if accused]):
+        rounds = [
+            [(each, one) for each in accused if (one := self._round_of(each, now))]
+            for _, accused in sorted(now.accused.items())
+        ]
+        if not (worth := [accused for accused in rounds if accused]):
             return
         accused = worth[self._draw(len(worth))]
-        accusation = accused[self._draw(len(accused))]
-        one = self._round_of(accusation, now)
-        assert one is not None
+        accusation, one = accused[self._draw(len(accused))]
 
         async def check(segment: int, raw: Mapping[PeerId, Contribution]) -> None:
             if one.told[segment][0] <= raw.keys():  # else it is looked into again when it is heard again
                 self._looked_into.append(accusation)
             await self._check(one, segment, raw)
 
-        segment = accusation.segment
-        await self._raw([segment], _of(one.commits, one.told[segment][0]), until, check)
+        await self._raw_of_told(one, accusation.segment, until, check)
 
     def _round_of(self, accusation: Accusation, now: _Round) -> _Round | None:
         """That of an accusation worth looking into."""
@@ -444,7 +446,3 @@ class SlicedPuller(Puller):
             if one.number == accusation.round and accusation.segment in one.told:
                 return one if one.owners[accusation.segment] == accused else None
         return None
-
-
-def _of(commits: Mapping[PeerId, Commit], members: Collection[PeerId]) -> dict[PeerId, Commit]:
-    return {peer: commit for peer, commit in commits.items() if peer in members}

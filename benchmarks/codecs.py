@@ -33,8 +33,8 @@ from rich.table import Table
 from potluck.net.host import PeerId
 from potluck.swarm.aggregate import aggregate
 from potluck.swarm.codecs import CODEC_NAMES, make_codec
-from potluck.swarm.contribution import Contribution, Quantized
-from potluck.swarm.layout import Flat, Layout
+from potluck.swarm.contribution import SLAB_VALUES, Contribution, Quantized
+from potluck.swarm.layout import Flat, Layout, slabs
 from potluck.swarm.recycled import Recycled
 
 SIDE: Final = 1000
@@ -93,7 +93,8 @@ def group_of(name: str, layout: Layout) -> Callable[[], Any]:
 def read(contribution: Contribution, into: Flat) -> None:
     """All values, in `into` unless they are there already, or the few of a sparse one."""
     if isinstance(contribution, Quantized):
-        contribution.read(into)
+        for part in slabs(0, into.size, SLAB_VALUES):  # as the outer step takes it
+            contribution.read(part, into[part])
     else:
         _ = contribution.values
 

@@ -125,7 +125,7 @@ class OverlappedReplica(GossipReplica):
         clock = self.rules.clock
         if self._landing is not None:
             coming = Round(self._landing.window.round + 1)
-            if clock.round_at(self._now()) <= coming and not self._out_of_sync:
+            if self._now() < clock.window(coming).read_from and not self._out_of_sync:
                 return clock.window(coming)
             await self._landed()
         window = await super()._in_step()

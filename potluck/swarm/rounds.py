@@ -165,6 +165,8 @@ class GossipReplica(Follower):
 
     async def _round(self) -> None:
         window, theta = await self._in_step(), self._state.theta
+        if self._finish.is_set():
+            return
         started, sent_before = self._now(), self._exchange.traffic()
         loss = await self._in_trainer(self._begin, theta, theta)
         evaluated = self._now()
@@ -178,7 +180,8 @@ class GossipReplica(Follower):
             self._report(window, landed, mine, loss, sent_before, {**seconds, **landed.seconds})
 
     async def _in_step(self) -> Window:
-        """Come to the round in progress, if this peer is behind it. The round to train."""
+        """Come to the round in progress, if this peer is behind it. If others pull its contributions already, they are
+        fetched once it is over: what could still be had of them now is not what others apply. The round to train."""
         clock, state = self.rules.clock, self._state
         current = clock.round_at(self._now())
         if current < state.round - 1:
@@ -187,9 +190,16 @@ class GossipReplica(Follower):
                 clock.window(Round(state.round - 1)).end, f"round {state.round} to begin", "training begins"
             )
         tried = False
-        while not self._finish.is_set() and (current > self._state.round or (self._out_of_sync and not tried)):
-            tried = True
-            await self._catch_up(Round(current))
+        while not self._finish.is_set():
+            window = clock.window(self._state.round)
+            if current > window.round or (self._out_of_sync and not tried):
+                tried = True
+                await self._catch_up(Round(current))
+            elif self._now() >= window.read_from:
+                then = "its contributions are applied"
+                await self._sleep_until(window.end, f"the end of round {window.round}, which was met too late", then)
+            else:
+                break
             current = clock.round_at(self._now())
         return clock.window(self._state.round)
 

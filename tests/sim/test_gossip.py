@@ -149,15 +149,17 @@ def test_the_mean_of_all_targets_is_approached() -> None:
     simulate(body, codec="none")
 
 
-def test_a_late_joiner_loads_the_groups_state_and_agrees_from_its_first_round() -> None:
+@pytest.mark.parametrize("moment", [52.0, 57.9, 58.5, 58.9, 59.3, 59.6, 59.95, 60.05])
+def test_a_late_joiner_loads_the_groups_state_and_agrees_from_its_first_round(moment: float) -> None:
     async def body(swarm: Swarm) -> None:
         for i in range(3):
             swarm.start(i)
-        await swarm.until(52.0)
+        await swarm.until(moment)
         late = swarm.start(9)
         await swarm.until(100.0)
         mine = swarm.applied(late)
         assert min(mine) <= 6
+        assert not any(e["alone"] for e in mine.values())
         assert any(e["event"] == "swarm.state.loaded" for e in swarm.events[late])
         for round_ in mine:
             assert len(swarm.digests(round_)) == 1

@@ -108,13 +108,13 @@ class Liar:
             case "random":
                 size = np.float32(np.sqrt(np.mean(np.square(delta, dtype=np.float64))))
                 delta = size * self._dice.standard_normal(layout.size).astype(np.float32)
-        blob = self._codec.encode(delta, layout, residual)
+        blob = bytes(self._codec.encode(delta, layout, residual))
         self._first = self._first or blob
         match self._peer.lie:
             case "copy" if self._heard:
                 blob = self._heard
             case "perturb" if self._heard:
-                blob = self._codec.encode(self._perturbed(self._heard, layout), layout)
+                blob = bytes(self._codec.encode(self._perturbed(self._heard, layout), layout))
             case "replay":
                 blob = self._first
         self._sent = blob

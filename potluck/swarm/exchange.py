@@ -78,7 +78,7 @@ class Exchange(Protocol):
         """Members who ask for segments that we aggregate in a round are to wait."""
         ...
 
-    def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: bytes) -> None:
+    def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: Buffer) -> None:
         """Serve a segment that we aggregated, for as long as contributions."""
         ...
 
@@ -216,7 +216,7 @@ class NetworkExchange:
         while self._sliced[0][0] < now - self._retain_seconds:
             self._board.forget(*self._sliced.popleft()[1:])
 
-    def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: bytes) -> None:
+    def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: Buffer) -> None:
         self._board.tell(module, round_, segment, told, data)
 
     def end_slices(self, module: str, round_: Round) -> None:

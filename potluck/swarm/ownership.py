@@ -11,6 +11,7 @@ from typing import Final
 
 from potluck.errors import CodecError
 from potluck.net.host import PeerId
+from potluck.net.wire import Buffer
 from potluck.swarm.phases import Round
 
 MARK_BYTES: Final = 16
@@ -21,7 +22,7 @@ def _mark(peer: PeerId, module: str, round_: Round) -> bytes:
     return hashlib.sha256(named).digest()[:MARK_BYTES]
 
 
-def marked(contribution: bytes, peer: PeerId, module: str, round_: Round) -> tuple[bytes, bytes]:
+def marked(contribution: Buffer, peer: PeerId, module: str, round_: Round) -> tuple[Buffer, Buffer]:
     """A codec's blob as this peer commits to it: two buffers, one behind the other."""
     return contribution, _mark(peer, module, round_)
 

@@ -19,6 +19,7 @@ from potluck.dht.records import Commit
 from potluck.dht.shards import shard_of
 from potluck.errors import CapTooLow, CodecError, DiskFull, NetworkError, ProtocolError
 from potluck.net.host import PeerId
+from potluck.net.wire import Buffer
 from potluck.swarm.agreement import Agreement, network_at_fault
 from potluck.swarm.contribution import Contribution, Sparse
 from potluck.swarm.exact import all_finite
@@ -393,7 +394,7 @@ class GossipReplica(Follower):
         """Nobody would take what training came to, as encoding showed."""
         self._start_anew()
 
-    def _encode(self, delta: Flat, round_: Round) -> tuple[tuple[bytes, bytes], Contribution] | None:
+    def _encode(self, delta: Flat, round_: Round) -> tuple[tuple[Buffer, Buffer], Contribution] | None:
         """(buffers of what is committed to, what others decode from it); None if training diverged and nobody would
         take it."""
         part = self._part(round_)

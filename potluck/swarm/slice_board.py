@@ -13,6 +13,7 @@ from potluck.errors import NetworkError, ProtocolError
 from potluck.net.host import PeerId
 from potluck.net.ranges import asked_range, call_by_ranges
 from potluck.net.rpc import Reply, Rpc
+from potluck.net.wire import Buffer
 from potluck.swarm.slices import Aggregated, parse_aggregated
 
 METHOD: Final = "slices.get"
@@ -39,7 +40,7 @@ class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _Told(NamedTuple):
     word: Aggregated
-    data: bytes
+    data: Buffer
 
 
 class _Newest(NamedTuple):
@@ -73,7 +74,7 @@ class SliceBoard:
         if before is not None:
             before.over.set_result(None)
 
-    def tell(self, module: str, round_: int, segment: int, word: Aggregated, data: bytes) -> None:
+    def tell(self, module: str, round_: int, segment: int, word: Aggregated, data: Buffer) -> None:
         told = self._of(module, round_, segment)
         if told is not None and not told.done():
             told.set_result(_Told(word, data))

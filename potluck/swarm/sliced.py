@@ -26,6 +26,7 @@ from potluck.dht.records import Commit
 from potluck.errors import CodecError, PotluckError, RpcRemoteError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.host import PeerId
+from potluck.net.wire import Buffer
 from potluck.swarm.aggregate import aggregate, token_weights
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE
 from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
@@ -269,21 +270,21 @@ class SlicedPuller(Puller):
             for peer, commit in commits.items():
                 group.create_task(get(peer, commit))
 
-    async def _aggregate(self, one: _Round, segment: int, parts: Mapping[PeerId, Contribution]) -> bytes:
+    async def _aggregate(self, one: _Round, segment: int, parts: Mapping[PeerId, Contribution]) -> Buffer:
         """Make a segment of the update; as it is told to others."""
 
-        def work() -> bytes:
+        def work() -> memoryview:
             encoded = self._aggregated(one, segment, parts)
             one.pieces[segment] = self._decoded(encoded, segment)
             return encoded
 
         if not parts:
             return b""
-        encoded: bytes = await self._in_thread(work)
+        encoded: Buffer = await self._in_thread(work)
         one.counted[segment] = frozenset(parts)
         return encoded
 
-    def _aggregated(self, one: _Round, segment: int, contributions: Mapping[PeerId, Contribution]) -> bytes:
+    def _aggregated(self, one: _Round, segment: int, contributions: Mapping[PeerId, Contribution]) -> memoryview:
         rules, weights = self._rules, token_weights({peer: one.commits[peer].tokens for peer in contributions})
         layout = self._layouts[segment]
         update = aggregate(

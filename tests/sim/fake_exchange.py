@@ -135,7 +135,7 @@ class FakeExchange:
         self._aggregates = segments
         self.faults.asked.clear()
 
-    def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: bytes) -> None:
+    def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: Buffer) -> None:
         if not self.faults.mute:
             served = self.faults.lie(data) if self.faults.lie and not self.faults.two_faced else data
             self._telling(self.peer, module, round_, segment).set_result((told, served))

@@ -23,7 +23,7 @@ class Codec(Protocol):
     #: Whether contributions and residual are in another basis than parameters, with tensors' norms kept (`update_of`).
     transforms: bool = False
 
-    def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
+    def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes | memoryview:
         """Encode delta (+ residual). With error feedback, `residual` is updated in place to what was not sent."""
         ...
 

@@ -11,8 +11,11 @@ import numpy as np
 
 from potluck.errors import CodecError
 from potluck.swarm.blocks import Int8s
-from potluck.swarm.codecs.int8 import BlockCodec, Bytes
+from potluck.swarm.codecs.int8 import BlockCodec, quantize_into
+from potluck.swarm.codecs.segments import Bytes
 from potluck.swarm.compiled import INT8S, TO_INT8S, TO_UINT8S, UINT8S, compiled
+from potluck.swarm.layout import Flat
+from potluck.swarm.recycled import Recycled
 
 INT4_LEVELS = 7
 #: Added to a code: a nibble is 1 to 15, and never 0.
@@ -26,11 +29,12 @@ class Int4Codec(BlockCodec):
 
     def __init__(self, block: int = 128) -> None:
         super().__init__(block)
+        self._codes = Recycled(self.segment_values, np.int8)
 
-    def pack(self, codes: Int8s) -> Bytes:
-        packed = np.empty(-(-codes.size // 2), dtype=np.uint8)
+    def quantize_into(self, packed: Bytes, scales: Flat, values: Flat) -> None:
+        codes = self._codes.any()[: values.size]
+        quantize_into(scales, codes, values, self.block, self.levels)
         _pack(packed, codes[: packed.size], codes[packed.size :])
-        return packed
 
     def unpack(self, packed: Bytes, values: int) -> Nibbles:
         if values % 2 and packed[-1] >> 4:

@@ -6,15 +6,14 @@ Decoding is one float32 multiply per value, so it gives the same bits everywhere
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from potluck.errors import CodecError
 from potluck.swarm.blocks import Blocks, Codes, Int8s, dequantized, squares_of
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE
-from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
+from potluck.swarm.codecs.segments import SEGMENT_BYTES, Bytes, DenseCodec
 from potluck.swarm.compiled import (
     FLOAT,
     FLOATS,
@@ -31,7 +30,6 @@ from potluck.swarm.contribution import SLAB_VALUES, Quantized
 from potluck.swarm.layout import Flat, Layout
 
 INT8_LEVELS: Final = 127
-Bytes = npt.NDArray[np.uint8]
 
 
 class BlockCodec(DenseCodec):
@@ -42,21 +40,22 @@ class BlockCodec(DenseCodec):
     packed: int
 
     def __init__(self, block: int) -> None:
+        super().__init__()
         if not 16 <= block <= 65536:
             raise ValueError("block must be 16 to 65536 values")
         self.block = int(block)
         self.segment_values = SEGMENT_BYTES * self.packed // (4 * self.packed + self.block) * self.block
 
     @abstractmethod
-    def pack(self, codes: Int8s) -> Bytes: ...
+    def quantize_into(self, packed: Bytes, scales: Flat, values: Flat) -> None: ...
 
     @abstractmethod
     def unpack(self, packed: Bytes, values: int) -> Codes:
         """Raises CodecError for padding that is set. Codes may still be out of range."""
 
-    def encode_parts(self, values: Flat) -> list[Any]:
-        scales, codes = quantize(values, self.block, self.levels)
-        return [scales.data, self.pack(codes).data]
+    def encode_into(self, data: Bytes, values: Flat) -> None:
+        scale_bytes = 4 * -(-values.size // self.block)
+        self.quantize_into(data[scale_bytes:], data[:scale_bytes].view("<f4"), values)
 
     def decode_segment(self, data: bytes | memoryview, values: int) -> Quantized:
         return Quantized([self._blocks(data, values)])
@@ -88,22 +87,28 @@ class Int8Codec(BlockCodec):
     def __init__(self, block: int = 256) -> None:
         super().__init__(block)
 
-    def pack(self, codes: Int8s) -> Bytes:
-        return codes.view(np.uint8)
+    def quantize_into(self, packed: Bytes, scales: Flat, values: Flat) -> None:
+        quantize_into(scales, packed.view(np.int8), values, self.block)
 
     def unpack(self, packed: Bytes, values: int) -> Int8s:
         return packed.view(np.int8)
 
 
 def quantize(values: Flat, block: int, levels: int = INT8_LEVELS) -> tuple[Flat, Int8s]:
-    """(scales float32 (ceil(n / block),), codes int8 (n,) of -levels to levels). Non-finite input is our own bug and
-    raises ValueError."""
-    values = np.ascontiguousarray(values, dtype=np.float32)
+    """(scales float32 (ceil(n / block),), codes int8 (n,) of -levels to levels). Raises ValueError."""
     scales, codes = np.empty(-(-values.size // block), dtype=np.float32), np.empty(values.size, dtype=np.int8)
+    quantize_into(scales, codes, values, block, levels)
+    return scales, codes
+
+
+def quantize_into(scales: Flat, codes: Int8s, values: Flat, block: int, levels: int = INT8_LEVELS) -> None:
+    """Writes what `quantize` gives. Non-finite input is our own bug and raises ValueError."""
+    if codes.size != values.size or scales.size != -(-values.size // block):
+        raise IndexError(f"{scales.size} scales and {codes.size} codes for {values.size} values")
+    values = np.ascontiguousarray(values, dtype=np.float32)
     bits, largest = values.view(np.int32), scales.view(np.int32)
     if not _quantize(codes, scales, largest, values, bits, np.float32(1 / levels), block):
         raise ValueError("cannot quantize values that are not finite")
-    return scales, codes
 
 
 def dequantize(scales: Flat, codes: Int8s, block: int, levels: int = INT8_LEVELS) -> Flat:

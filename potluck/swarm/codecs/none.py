@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from potluck.swarm.codecs.frame import check_bounded, payload
-from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
+from potluck.swarm.codecs.segments import SEGMENT_BYTES, Bytes, DenseCodec
 from potluck.swarm.contribution import Dense
 from potluck.swarm.layout import Flat, Layout
 
@@ -16,8 +14,8 @@ class NoneCodec(DenseCodec):
     name = "none"
     segment_values = SEGMENT_BYTES // 4  # nothing is left to pad
 
-    def encode_parts(self, values: Flat) -> list[Any]:
-        return [np.ascontiguousarray(values, dtype="<f4").data]
+    def encode_into(self, data: Bytes, values: Flat) -> None:
+        data.view("<f4")[:] = values
 
     def decode_segment(self, data: bytes | memoryview, values: int) -> Dense:
         self.check_length(data, values)

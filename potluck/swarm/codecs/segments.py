@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from potluck.errors import CodecError
 from potluck.net.blobs import CHUNK_BYTES
@@ -16,7 +19,9 @@ from potluck.swarm.codecs import Codec
 from potluck.swarm.codecs.frame import TRAILER_BYTES, payload, trailer
 from potluck.swarm.contribution import Contribution, Dense, Quantized
 from potluck.swarm.layout import Flat, Layout, slabs
+from potluck.swarm.recycled import Recycled
 
+Bytes = npt.NDArray[np.uint8]
 SEGMENT_BYTES: Final = CHUNK_BYTES
 
 
@@ -28,9 +33,14 @@ class DenseCodec(Codec, ABC):
     #: Values in each segment but the last.
     segment_values: int
 
+    def __init__(self) -> None:
+        #: Memory of blobs, by their size.
+        self._room: dict[int, Recycled] = {}
+
     @abstractmethod
-    def encode_parts(self, values: Flat) -> list[Any]:
-        """A segment's bytes as buffers. Raises ValueError for values that are not finite, where it looks at them."""
+    def encode_into(self, data: Bytes, values: Flat) -> None:
+        """Writes a segment's `segment_bytes(values)`. Raises ValueError for values that are not finite, where it looks
+        at them."""
 
     @abstractmethod
     def decode_segment(self, data: bytes | memoryview, values: int) -> Dense | Quantized:
@@ -42,17 +52,22 @@ class DenseCodec(Codec, ABC):
     @abstractmethod
     def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution: ...
 
-    def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes:
-        pieces = []
-        for part in self.parts(layout.size):
-            pieces += self.encode_parts(delta[part])
-            if part.stop < layout.size:
-                pieces.append(bytes(SEGMENT_BYTES - self.segment_bytes(self.segment_values)))
-        return b"".join([*pieces, trailer(self.name, layout)])
+    def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> memoryview:
+        size = self.max_bytes(layout)
+        blob: Bytes = self._room.setdefault(size, Recycled(size, np.uint8)).any()
+        for number, part in enumerate(self.parts(layout.size)):
+            start = number * SEGMENT_BYTES
+            end = start + self.segment_bytes(part.stop - part.start)
+            self.encode_into(blob[start:end], delta[part])
+            blob[end : start + SEGMENT_BYTES] = 0
+        blob[-TRAILER_BYTES:] = np.frombuffer(trailer(self.name, layout), dtype=np.uint8)
+        return blob.data
 
-    def encode_segment(self, values: Flat) -> bytes:
+    def encode_segment(self, values: Flat) -> memoryview:
         """Without padding."""
-        return b"".join(self.encode_parts(values))
+        data = np.empty(self.segment_bytes(values.size), dtype=np.uint8)
+        self.encode_into(data, values)
+        return data.data
 
     def segments(self, blob: bytes | memoryview, layout: Layout) -> Iterator[tuple[memoryview, int]]:
         """Each segment's bytes, and how many values it has. Raises CodecError if what is around them is not as it must

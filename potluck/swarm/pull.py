@@ -42,6 +42,11 @@ class View:
     aggregated: set[PeerId] = field(default_factory=set)
 
     @property
+    def incomplete(self) -> bool:
+        """Whether a part of the update did not come, which others will have."""
+        return self.update is not None and any(piece is None for _, piece in self.update)
+
+    @property
     def counted(self) -> list[PeerId]:
         """Whose contributions count, in peer-id order."""
         return sorted((self.aggregated if self.update is not None else self.contributions.keys()) & self.commits.keys())
@@ -212,6 +217,9 @@ class Puller:
 
     def _part_of(self, commit: Commit) -> Part:
         return self._parts[commit.round % len(self._parts)]
+
+    async def complete(self, view: View, until: float) -> None:
+        """Fetch what an incomplete view lacks, after the deadline. Whole contributions are left out instead."""
 
     async def chase(self, view: View, until: float, came: Callable[[PeerId], None]) -> None:
         """Fetch what did not come in time, for whoever catches up on its round; `came` hears of each that is had."""

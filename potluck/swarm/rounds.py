@@ -34,6 +34,9 @@ from potluck.swarm.state import ReplicaState, witness
 
 T = TypeVar("T")
 
+#: Of a round, how long its successor's training waits for segments that are late: a state takes longer to load.
+LATE_SHARE = 0.25
+
 
 class Trainer(Protocol):
     """The part of `LocalTrainer` that rounds use."""
@@ -432,6 +435,10 @@ class GossipReplica(Follower):
             for _ in range(2):
                 if not await self._pull_once(window.round, window.pull_by, view):
                     break
+        if view.incomplete and not self._stop.is_set():
+            late_by = window.end + LATE_SHARE * self.rules.clock.seconds
+            with self._waits.waiting(f"the rest of round {window.round}", late_by, "training goes on without it"):
+                await self._puller.complete(view, late_by)
         if mine.published and mine.contribution is not None and self.peer not in view.commits:
             self._keep_unsent(mine.contribution, window.round)  # the group is over-full, and the draw left us out
         return view

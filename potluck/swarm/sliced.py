@@ -102,6 +102,11 @@ class _Round:
         return [segment for segment, owner in enumerate(self.owners) if owner == peer]
 
 
+def _majority(one: _Round) -> int:
+    """Of a round's contributions. What fewer of them give is nobody else's update; more may come yet."""
+    return fewest(len(one.commits), robust=False)
+
+
 class SlicedPuller(Puller):
     """Gives `view.update` instead of contributions. `draw(n)` gives a number below n that nobody can foretell."""
 
@@ -117,6 +122,8 @@ class SlicedPuller(Puller):
         #: The last rounds in which it could not be checked what a peer aggregated, as it did not give its own.
         self._unproved = defaultdict[PeerId, set[Round]](set)
         self._past: deque[_Round] = deque(maxlen=KEPT_ROUNDS)
+        #: The last round, if segments of it are missing.
+        self._unfinished: _Round | None = None
         self._ranges = list(self._dense.parts(self._layout.size))
         self._layouts = [self._layout.cut(part.start, part.stop) for part in self._ranges]
         self._scratch = Recycled(self._dense.segment_values)
@@ -156,26 +163,44 @@ class SlicedPuller(Puller):
                     group.create_task(self._pull_fragment(peer, commits[peer], tuple(commits), pull_by, view))
         for segment, raw in evidence.result().items():
             await self._check(one, segment, raw)
-        await self._fill_raw(one, began + FALLBACK_SHARE * left, view)
+        await self._fill_raw(one, began + FALLBACK_SHARE * left, view, _majority(one))
         # Behind what the update needs: whoever accuses must not keep others from that.
         await self._look_into_one(one, pull_by)
-        await self._fill_raw(one, pull_by, view)
+        await self._fill_raw(one, pull_by, view, 1 if late else _majority(one))
+        self._conclude(one, view)
+        self._past.append(replace(one, pieces={}))
+        return True
+
+    async def complete(self, view: View, until: float) -> None:
+        """Segments that did not come in time are told by their aggregators for long yet. A line that was too slow for
+        them would be busier with raw ones, and with a whole state in the next round."""
+        one, self._unfinished = self._unfinished, None
+        if one is None:
+            return
+        missing, told_by = self._missing(one), self._now() + TOLD_SHARE * (until - self._now())
+        self._emit("swarm.slices.late", round=one.number, segments=len(missing), of=len(self._ranges))
+        async with asyncio.TaskGroup() as group:
+            for peer in sorted({one.owners[segment] for segment in missing} - self.distrusted - {self._peer}):
+                group.create_task(self._take(one, peer, told_by, late=True))
+        await self._fill_raw(one, until, view, 1)
+        self._conclude(one, view)
+
+    def _conclude(self, one: _Round, view: View) -> None:
         view.update = [(part, one.pieces.get(segment)) for segment, part in enumerate(self._ranges)]
         view.aggregated = named_by_most([one.counted[segment] for segment in sorted(one.pieces)])
         for peer in view.aggregated:
             view.missing.pop(peer, None)
-        self._past.append(replace(one, pieces={}))
-        return True
+        self._unfinished = one if self._missing(one) else None
 
     def _bytes_of(self, new: Mapping[PeerId, Commit]) -> int:
         """Of n members' bytes, an n-th raw and the others' aggregates."""
         return 2 * super()._bytes_of(new) // len(new)
 
-    async def _fill_raw(self, one: _Round, until: float, view: View) -> None:
-        """Aggregate what nobody else did."""
+    async def _fill_raw(self, one: _Round, until: float, view: View, least: int) -> None:
+        """Aggregate what nobody else did, of so many contributions at least."""
         if missing := self._missing(one):
             self._emit("swarm.slices.raw", round=one.number, segments=len(missing), of=len(self._ranges))
-            await self._raw(missing, one.commits, until, partial(self._aggregate, one), view)
+            await self._raw(missing, one.commits, until, partial(self._aggregate, one, least), view)
 
     async def chase(self, view: View, until: float, came: Callable[[PeerId], None]) -> None:
         """Nobody catches up by whole contributions."""
@@ -214,8 +239,7 @@ class SlicedPuller(Puller):
         mine = one.of(self._peer)
 
         async def aggregate_and_tell(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
-            if parts:
-                data = await self._aggregate(one, segment, parts)
+            if data := await self._aggregate(one, _majority(one), segment, parts):
                 counted = (name for name, peer in one.names.items() if peer in parts)
                 told = Aggregated.of(counted, self._accusations)
                 self._exchange.tell_slice(self._module, one.number, segment, told, data)
@@ -270,15 +294,15 @@ class SlicedPuller(Puller):
             for peer, commit in commits.items():
                 group.create_task(get(peer, commit))
 
-    async def _aggregate(self, one: _Round, segment: int, parts: Mapping[PeerId, Contribution]) -> Buffer:
-        """Make a segment of the update; as it is told to others."""
+    async def _aggregate(self, one: _Round, least: int, segment: int, parts: Mapping[PeerId, Contribution]) -> Buffer:
+        """Make a segment of the update; as it is told to others. Nothing of fewer contributions than `least`."""
 
         def work() -> memoryview:
             encoded = self._aggregated(one, segment, parts)
             one.pieces[segment] = self._decoded(encoded, segment)
             return encoded
 
-        if not parts:
+        if len(parts) < least:
             return b""
         encoded: Buffer = await self._in_thread(work)
         one.counted[segment] = frozenset(parts)
@@ -343,7 +367,8 @@ class SlicedPuller(Puller):
 
         async with asyncio.TaskGroup() as group:
             for segment in one.of(peer):
-                group.create_task(take(segment))
+                if segment not in one.pieces:
+                    group.create_task(take(segment))
 
     async def _told(
         self, one: _Round, peer: PeerId, segment: int, until: float, late: bool

@@ -97,7 +97,7 @@ def test_a_stage_whose_replicas_all_die_comes_back_from_a_snapshot_with_somebody
         for number in (1, 2, 3):  # one after another: each goes where it is missed
             await party.until("it to be announced", lambda: bool(members[-1].of("swarm.round.applied")), 60)
             members.append(await party.start(f"w{number}", "join", invite))
-        await party.until("everybody to train", lambda: all(trained(m) >= 12 for m in members), 180)
+        await party.until("everybody to train", lambda: all(m.last and trained(m) >= 12 for m in members), 180)
 
         def balanced() -> bool:
             """Two and two, and none on its way: on a busy machine somebody may seem slow, and be replaced."""

@@ -153,6 +153,7 @@ class FakeExchange:
             async with asyncio.timeout(timeout_seconds):
                 await asyncio.sleep(self.faults.latency_seconds)
                 told = await asyncio.shield(self._telling(peer, module, round_, segment))
+                await asyncio.sleep(self.faults.latency_seconds)
         except TimeoutError:
             raise RpcTimeout("no answer before the deadline") from None
         if told is None:

@@ -105,6 +105,28 @@ def test_segments_of_who_is_silent_are_pulled_raw() -> None:
     simulate(body, rules=replace(RULES, sliced=True), codec="none")
 
 
+def test_a_line_too_slow_for_the_deadline_costs_local_steps_and_no_state() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(4)]
+        slow = peers[3]
+        for other in peers[:3]:
+            swarm.world.of(other).latency_seconds = 0.05
+        # Its own segments came, the others tell theirs a moment later: those take until the next round has begun.
+        await swarm.until(48.82)
+        swarm.world.of(slow).latency_seconds = 1.2
+        await swarm.until(50.0)
+        swarm.world.of(slow).latency_seconds = 0.01
+        await swarm.until(95.0)
+        (late,) = [e for e in swarm.events[slow] if e["event"] == "swarm.slices.late"]
+        assert (late["round"], late["segments"]) == (4, 4)
+        assert not [e for e in swarm.events[slow] if e["event"] == "swarm.state.loaded"]
+        for round_ in range(9):
+            assert len(swarm.digests(round_)) == 1, round_
+            assert swarm.applied(slow)[round_]["group"] == tuple(peers)
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="none")
+
+
 @pytest.mark.parametrize("two_faced", [False, True])
 def test_who_lies_is_named_by_all_and_aggregates_no_more(two_faced: bool) -> None:
     def lie(blob: bytes) -> bytes:
@@ -277,5 +299,19 @@ def test_crash_between_commit_and_aggregation_costs_nobody_the_round() -> None:
         for round_ in (1, 2, 3):
             assert len({swarm.applied(peer)[round_]["digest"] for peer in left}) == 1
             assert set(left) <= set(swarm.applied(left[0])[round_]["group"])
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="int8")
+
+
+def test_who_is_left_by_all_after_the_commits_goes_on_with_what_it_has() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(3)]
+        await swarm.until(18.75)
+        swarm.crash(peers[1])
+        swarm.crash(peers[2])
+        await swarm.until(45.0)
+        last = swarm.applied(peers[0])
+        assert last[1]["group"] == (peers[0],) and last[1]["contributed"] and last[1]["at"] <= 20.0 + 2.5 + 0.1
+        assert last[2]["contributed"] and last[3]["contributed"]
 
     simulate(body, rules=replace(RULES, sliced=True), codec="int8")

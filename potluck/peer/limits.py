@@ -328,4 +328,5 @@ def limits_toml(limits: Limits) -> str:
 
 
 def _line(name: str, value: object) -> str:
-    return f"{name} = {msgspec.json.encode(value).decode()}\n"
+    """JSON's values are TOML's, but for DEL, which TOML takes only escaped."""
+    return f"{name} = {msgspec.json.encode(value).decode()}\n".replace("\x7f", "\\u007F")

@@ -34,7 +34,7 @@ from potluck.swarm.state import ReplicaState, witness
 
 T = TypeVar("T")
 
-#: Of a round, how long its successor's training waits for segments that are late: a state takes longer to load.
+#: Of the time for training, how much of it late segments of the round before may take: to load a state takes more.
 LATE_SHARE = 0.25
 
 
@@ -193,18 +193,20 @@ class GossipReplica(Follower):
             await self._sleep_until(
                 clock.window(Round(state.round - 1)).end, f"round {state.round} to begin", "training begins"
             )
-        tried = False
+        tried = waited = False
         while not self._finish.is_set():
             window = clock.window(self._state.round)
             if current > window.round or (self._out_of_sync and not tried):
                 tried = True
                 await self._catch_up(Round(current))
-            elif self._now() >= window.read_from:
+                current = clock.round_at(self._now())
+            elif self._now() >= window.read_from and not waited:
+                waited = True
                 then = "its contributions are applied"
                 await self._sleep_until(window.end, f"the end of round {window.round}, which was met too late", then)
+                current = Round(window.round + 1)  # at its very end the clock may still say this one
             else:
                 break
-            current = clock.round_at(self._now())
         return clock.window(self._state.round)
 
     async def _land(self, window: Window, mine: Mine) -> Landed | None:
@@ -436,7 +438,8 @@ class GossipReplica(Follower):
                 if not await self._pull_once(window.round, window.pull_by, view):
                     break
         if view.incomplete and not self._stop.is_set():
-            late_by = window.end + LATE_SHARE * self.rules.clock.seconds
+            following = self.rules.clock.window(Round(window.round + 1))
+            late_by = following.start + LATE_SHARE * (following.train_until - following.start)
             with self._waits.waiting(f"the rest of round {window.round}", late_by, "training goes on without it"):
                 await self._puller.complete(view, late_by)
         if mine.published and mine.contribution is not None and self.peer not in view.commits:

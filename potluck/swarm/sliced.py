@@ -54,6 +54,10 @@ DISPUTE_SHARE: Final = 0.1
 RAW_SHARE: Final = 0.6
 TOLD_SHARE: Final = 0.8
 FALLBACK_SHARE: Final = 0.9
+#: Of the time after a deadline, for segments that others aggregated; the rest is for raw ones.
+LATE_TOLD_SHARE: Final = 0.5
+#: For how many rounds nobody is waited for after it was in vain: who withholds must not cost all rounds.
+IMPATIENT_ROUNDS: Final = 8
 #: Who has not begun to aggregate is asked again after this.
 ASK_AGAIN_SECONDS: Final = 0.1
 #: Segments asked of one member at once.
@@ -98,13 +102,13 @@ class _Round:
     drawn: int | None = None
     drawn_settled: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def majority(self) -> int:
+        """Of the contributions. What fewer of them come to is hardly what others apply."""
+        return fewest(len(self.commits), robust=False)
+
     def of(self, peer: PeerId) -> list[int]:
         return [segment for segment, owner in enumerate(self.owners) if owner == peer]
-
-
-def _majority(one: _Round) -> int:
-    """Of a round's contributions. What fewer of them give is nobody else's update; more may come yet."""
-    return fewest(len(one.commits), robust=False)
 
 
 class SlicedPuller(Puller):
@@ -124,6 +128,8 @@ class SlicedPuller(Puller):
         self._past: deque[_Round] = deque(maxlen=KEPT_ROUNDS)
         #: The last round, if segments of it are missing.
         self._unfinished: _Round | None = None
+        #: Until this round nobody is waited for after a deadline: it was in vain.
+        self._patient_from = Round(0)
         self._ranges = list(self._dense.parts(self._layout.size))
         self._layouts = [self._layout.cut(part.start, part.stop) for part in self._ranges]
         self._scratch = Recycled(self._dense.segment_values)
@@ -163,26 +169,35 @@ class SlicedPuller(Puller):
                     group.create_task(self._pull_fragment(peer, commits[peer], tuple(commits), pull_by, view))
         for segment, raw in evidence.result().items():
             await self._check(one, segment, raw)
-        await self._fill_raw(one, began + FALLBACK_SHARE * left, view, _majority(one))
+        patient = not late and round_ >= self._patient_from
+        least = one.majority if patient else 1
+        await self._fill_raw(one, self._missing(one), began + FALLBACK_SHARE * left, view, least)
+        not_to_be_had = self._missing(one)
         # Behind what the update needs: whoever accuses must not keep others from that.
         await self._look_into_one(one, pull_by)
-        await self._fill_raw(one, pull_by, view, 1 if late else _majority(one))
+        dropped = [segment for segment in self._missing(one) if segment not in not_to_be_had]
+        await self._fill_raw(one, dropped, pull_by, view, least)
         self._conclude(one, view)
         self._past.append(replace(one, pieces={}))
+        self._unfinished = one if patient and view.incomplete else None
         return True
 
     async def complete(self, view: View, until: float) -> None:
-        """Segments that did not come in time are told by their aggregators for long yet. A line that was too slow for
-        them would be busier with raw ones, and with a whole state in the next round."""
+        """Aggregators tell the segments of a round for several rounds. A line that was too slow for the deadline would
+        be busier with raw ones, and with a whole state in the next round."""
         one, self._unfinished = self._unfinished, None
         if one is None:
             return
-        missing, told_by = self._missing(one), self._now() + TOLD_SHARE * (until - self._now())
+        missing, told_by = self._missing(one), self._now() + LATE_TOLD_SHARE * (until - self._now())
         self._emit("swarm.slices.late", round=one.number, segments=len(missing), of=len(self._ranges))
         async with asyncio.TaskGroup() as group:
             for peer in sorted({one.owners[segment] for segment in missing} - self.distrusted - {self._peer}):
                 group.create_task(self._take(one, peer, told_by, late=True))
-        await self._fill_raw(one, until, view, 1)
+        if one.drawn in missing and one.drawn in one.told:
+            await self._raw_of_told(one, one.drawn, until, partial(self._check, one))
+        if not one.told.keys() & set(missing):
+            self._patient_from = Round(one.number + 1 + IMPATIENT_ROUNDS)
+        await self._fill_raw(one, self._missing(one), until, view, 1)
         self._conclude(one, view)
 
     def _conclude(self, one: _Round, view: View) -> None:
@@ -190,17 +205,16 @@ class SlicedPuller(Puller):
         view.aggregated = named_by_most([one.counted[segment] for segment in sorted(one.pieces)])
         for peer in view.aggregated:
             view.missing.pop(peer, None)
-        self._unfinished = one if self._missing(one) else None
 
     def _bytes_of(self, new: Mapping[PeerId, Commit]) -> int:
         """Of n members' bytes, an n-th raw and the others' aggregates."""
         return 2 * super()._bytes_of(new) // len(new)
 
-    async def _fill_raw(self, one: _Round, until: float, view: View, least: int) -> None:
+    async def _fill_raw(self, one: _Round, segments: Sequence[int], until: float, view: View, least: int) -> None:
         """Aggregate what nobody else did, of so many contributions at least."""
-        if missing := self._missing(one):
-            self._emit("swarm.slices.raw", round=one.number, segments=len(missing), of=len(self._ranges))
-            await self._raw(missing, one.commits, until, partial(self._aggregate, one, least), view)
+        if segments:
+            self._emit("swarm.slices.raw", round=one.number, segments=len(segments), of=len(self._ranges))
+            await self._raw(segments, one.commits, until, partial(self._aggregate, one, least), view)
 
     async def chase(self, view: View, until: float, came: Callable[[PeerId], None]) -> None:
         """Nobody catches up by whole contributions."""
@@ -239,7 +253,7 @@ class SlicedPuller(Puller):
         mine = one.of(self._peer)
 
         async def aggregate_and_tell(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
-            if data := await self._aggregate(one, _majority(one), segment, parts):
+            if data := await self._aggregate(one, one.majority, segment, parts):
                 counted = (name for name, peer in one.names.items() if peer in parts)
                 told = Aggregated.of(counted, self._accusations)
                 self._exchange.tell_slice(self._module, one.number, segment, told, data)

@@ -315,3 +315,15 @@ def test_who_is_left_by_all_after_the_commits_goes_on_with_what_it_has() -> None
         assert last[2]["contributed"] and last[3]["contributed"]
 
     simulate(body, rules=replace(RULES, sliced=True), codec="int8")
+
+
+def test_who_commits_and_withholds_costs_a_part_of_one_round_and_not_of_all() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(2)]
+        withholding = swarm.world.of(peers[1])
+        withholding.mute, withholding.hides_from = True, {peers[0]}
+        await swarm.until(75.0)
+        late = [event["round"] for event in swarm.events[peers[0]] if event["event"] == "swarm.slices.late"]
+        assert late == [0] and swarm.applied(peers[0])[0]["at"] <= 10.0 + 0.25 * 8.0 + 0.1
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="int8")

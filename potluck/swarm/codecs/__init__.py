@@ -17,14 +17,15 @@ from potluck.swarm.layout import Flat, Layout
 
 
 class Codec(Protocol):
-    """Stateless; what a replica remembers between rounds (error feedback) is its `residual`."""
+    """What a replica remembers between rounds (error feedback) is its `residual`; codecs only keep memory for blobs."""
 
     name: str
     #: Whether contributions and residual are in another basis than parameters, with tensors' norms kept (`update_of`).
     transforms: bool = False
 
     def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes | memoryview:
-        """Encode delta (+ residual). With error feedback, `residual` is updated in place to what was not sent."""
+        """Encode delta (+ residual). With error feedback, `residual` is updated in place to what was not sent.
+        The blob's memory may be used again once nothing refers to it."""
         ...
 
     def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:

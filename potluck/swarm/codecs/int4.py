@@ -11,8 +11,8 @@ import numpy as np
 
 from potluck.errors import CodecError
 from potluck.swarm.blocks import Int8s
+from potluck.swarm.codecs.bits import Bytes
 from potluck.swarm.codecs.int8 import BlockCodec, quantize_into
-from potluck.swarm.codecs.segments import Bytes
 from potluck.swarm.compiled import INT8S, TO_INT8S, TO_UINT8S, UINT8S, compiled
 from potluck.swarm.layout import Flat
 from potluck.swarm.recycled import Recycled

@@ -12,8 +12,9 @@ import numpy as np
 
 from potluck.errors import CodecError
 from potluck.swarm.blocks import Blocks, Codes, Int8s, dequantized, squares_of
+from potluck.swarm.codecs.bits import Bytes
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE
-from potluck.swarm.codecs.segments import SEGMENT_BYTES, Bytes, DenseCodec
+from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
 from potluck.swarm.compiled import (
     FLOAT,
     FLOATS,
@@ -95,7 +96,8 @@ class Int8Codec(BlockCodec):
 
 
 def quantize(values: Flat, block: int, levels: int = INT8_LEVELS) -> tuple[Flat, Int8s]:
-    """(scales float32 (ceil(n / block),), codes int8 (n,) of -levels to levels). Raises ValueError."""
+    """(scales float32 (ceil(n / block),), codes int8 (n,) of -levels to levels). Raises ValueError for
+    values that are not finite."""
     scales, codes = np.empty(-(-values.size // block), dtype=np.float32), np.empty(values.size, dtype=np.int8)
     quantize_into(scales, codes, values, block, levels)
     return scales, codes

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from potluck.swarm.codecs.bits import Bytes
 from potluck.swarm.codecs.frame import check_bounded, payload
-from potluck.swarm.codecs.segments import SEGMENT_BYTES, Bytes, DenseCodec
+from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
 from potluck.swarm.contribution import Dense
 from potluck.swarm.layout import Flat, Layout
 

@@ -11,17 +11,16 @@ from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from potluck.errors import CodecError
 from potluck.net.blobs import CHUNK_BYTES
 from potluck.swarm.codecs import Codec
+from potluck.swarm.codecs.bits import Bytes
 from potluck.swarm.codecs.frame import TRAILER_BYTES, payload, trailer
 from potluck.swarm.contribution import Contribution, Dense, Quantized
 from potluck.swarm.layout import Flat, Layout, slabs
 from potluck.swarm.recycled import Recycled
 
-Bytes = npt.NDArray[np.uint8]
 SEGMENT_BYTES: Final = CHUNK_BYTES
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from potluck.errors import UserError
@@ -176,6 +176,13 @@ def test_limits_are_kept_as_toml_and_defaults_are_left_out() -> None:
     mine = msgspec.structs.replace(
         mine, memory=10**9, runs={"ab": RunLimits(upload=10_000), "0c": RunLimits(threads=1)}
     )
+    assert parse_limits(limits_toml(mine).encode()) == mine
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("\x7f")
+def test_a_programs_name_of_any_characters_comes_back(name: str) -> None:
+    mine = Limits(programs=[name])
     assert parse_limits(limits_toml(mine).encode()) == mine
 
 

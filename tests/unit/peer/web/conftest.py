@@ -56,7 +56,7 @@ class FakeMachine:
         return change_limits(self.home, changes)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its peers were heard just now: minutes later they are away
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     yield write_run(tmp_path_factory.mktemp("home"), time.time(), rounds=60, peers=8, stages=2)
 

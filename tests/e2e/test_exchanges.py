@@ -6,17 +6,11 @@ import asyncio
 
 import pytest
 
-from potluck.peer.party import Member, Party
+from potluck.peer.party import Party
 
 from real import digests, run_party, write_manifest
 
 pytestmark = pytest.mark.slow
-
-
-def together(joiner: Member) -> set[int]:
-    """Its rounds from the first in a group on: it may have joined at the very end of one, and missed that."""
-    first = min((event["round"] for event in joiner.applied if len(event["group"]) > 1), default=0)
-    return {event["round"] for event in joiner.applied if event["round"] >= first}
 
 
 def test_members_aggregate_for_each_other_and_a_killed_one_costs_nobody_the_state() -> None:
@@ -37,7 +31,7 @@ def test_members_aggregate_for_each_other_and_a_killed_one_costs_nobody_the_stat
         await party.until("four more rounds", lambda: len(worker.applied) >= killed + 4, 60)
         await party.leave_all([organizer, worker])
         ours, theirs = digests(organizer), digests(worker)
-        common = together(worker) & ours.keys()
+        common = ours.keys() & theirs.keys()
         assert len(common) >= 4 and all(ours[round_] == theirs[round_] for round_ in common)
         for member in (organizer, worker, victim):
             assert not member.of("swarm.slices.lied")
@@ -56,7 +50,7 @@ def test_training_goes_on_while_a_round_is_exchanged() -> None:
         )
         await party.leave_all([organizer, worker])
         ours, theirs = digests(organizer), digests(worker)
-        common = together(worker) & ours.keys()
+        common = ours.keys() & theirs.keys()
         assert len(common) >= 4 and all(ours[round_] == theirs[round_] for round_ in common)
         last = worker.applied[-2]
         assert last["contributed"] and last["seconds"]["train"] > 0

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from potluck.dht.manifest import MAX_MANIFEST_BYTES, ManifestDraft, parse_draft
 from potluck.errors import ManifestError
+from potluck.toml import toml_value
 
 #: Filled in by `potluck host`, not by people.
 _HOST_FIELDS: Final = frozenset({"initial_state", "initial_bytes"})
@@ -179,7 +180,7 @@ def _table(part: BaseModel, prefix: str) -> Iterator[str]:
             tables.append((prefix + name, field.description or "", value))
             continue
         yield f"# {field.description}"
-        yield f"{name} = {_toml(value)}"
+        yield f"{name} = {toml_value(value)}"
     for dotted, description, value in tables:
         yield ""
         yield f"# {description}"
@@ -188,12 +189,4 @@ def _table(part: BaseModel, prefix: str) -> Iterator[str]:
             yield from _table(value, dotted + ".")
         else:
             # TOML has no null: a config key that is absent takes the family's default.
-            yield from (f"{key} = {_toml(item)}" for key, item in value.items() if item is not None)
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
-    return json.dumps(value)
+            yield from (f"{key} = {toml_value(item)}" for key, item in value.items() if item is not None)

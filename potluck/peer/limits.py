@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from potluck.errors import UserError
 from potluck.peer.home import write_atomically
+from potluck.toml import toml_value
 
 DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _SPAN = re.compile(r"(?:(?P<days>[a-z,\- ]+?)\s+)?(?P<start>\d\d?:\d\d)\s*-\s*(?P<stop>\d\d?:\d\d)", re.IGNORECASE)
@@ -328,5 +329,4 @@ def limits_toml(limits: Limits) -> str:
 
 
 def _line(name: str, value: object) -> str:
-    """JSON's values are TOML's, but for DEL, which TOML takes only escaped."""
-    return f"{name} = {msgspec.json.encode(value).decode()}\n".replace("\x7f", "\\u007F")
+    return f"{name} = {toml_value(value)}\n"

@@ -93,21 +93,27 @@ class Constant:
         return 1.0
 
 
-def cpu_seconds() -> float:
-    """Of this process and all that it started."""
-    return sum(cpu_of_processes())
+class CpuMeter:
+    """CPU seconds of this process and of those that it had started when the meter was made: to look for them anew each
+    time would cost the other peers a part of the sync that is measured."""
+
+    def __init__(self) -> None:
+        self._mine = psutil.Process()
+        self._others = self._mine.children(recursive=True)
+
+    def apart(self) -> list[float]:
+        """Of this one, and of the others."""
+        return [_cpu_of(self._mine), sum(map(_cpu_of, self._others))]
+
+    def seconds(self) -> float:
+        return sum(self.apart())
 
 
-def cpu_of_processes() -> list[float]:
-    """Of this one, and of the others."""
-    mine = psutil.Process()
-    total = 0.0
-    for process in mine.children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            total += times.user + times.system
-    times = mine.cpu_times()
-    return [times.user + times.system, total]
+def _cpu_of(process: psutil.Process) -> float:
+    with contextlib.suppress(psutil.Error):
+        times = process.cpu_times()
+        return float(times.user + times.system)
+    return 0.0
 
 
 class OurPeer:
@@ -182,21 +188,21 @@ class OurPeer:
             slices=self.node.slices,
         )
         told: list[dict[str, Any]] = []
-        before = [0.0, 0.0]
+        meter, before = CpuMeter(), [0.0, 0.0]
 
         def emit(name: str, **fields: Any) -> None:
             if name == "swarm.round.started":
-                before[:] = cpu_of_processes()
+                before[:] = meter.apart()
                 finding[0] = 0.0
             elif name == "swarm.round.applied":
-                seconds = fields["seconds"]
+                seconds, cpu = fields["seconds"], meter.apart()
                 told.append(
                     {
                         "seconds": seconds["commit"] + seconds["pull"] + seconds["apply"] - finding[0],
                         "finding": finding[0],
                         "parts": {part: round(seconds[part], 3) for part in ("commit", "pull", "apply")},
-                        "cpu": cpu_seconds() - sum(before),
-                        "daemon_cpu": cpu_of_processes()[1] - before[1],
+                        "cpu": sum(cpu) - sum(before),
+                        "daemon_cpu": cpu[1] - before[1],
                         "received": fields["bytes_received"],
                         "group": len(fields["group"]),
                         "digest": fields["digest"],
@@ -249,13 +255,13 @@ class OurPeer:
         others = [PeerID.from_base58(peer) for peer in await self.node.connected()]
         streams = [(await self.node.host.call_binary_stream_handler(other, RAW))[2] for other in others]
         readers = [RawReader(writer) for writer in streams]
-        told = []
+        told, meter = [], CpuMeter()
         for number in range(asked["warm"] + asked["syncs"]):
             await asyncio.sleep(asked["genesis"] + (number + 1) * asked["seconds"] - time.time())
-            before, began = cpu_of_processes(), time.perf_counter()
+            before, began = meter.seconds(), time.perf_counter()
             await asyncio.gather(*(reader.request(b"x", len(data)) for reader in readers))
-            seconds, after = time.perf_counter() - began, cpu_of_processes()
-            told.append({"seconds": seconds, "cpu": sum(after) - sum(before), "group": 1 + len(others)})
+            seconds, cpu = time.perf_counter() - began, meter.seconds() - before
+            told.append({"seconds": seconds, "cpu": cpu, "group": 1 + len(others)})
         for reader in readers:
             reader.close()
         return told[asked["warm"] :]
@@ -299,7 +305,7 @@ class TheirPeer:
             min_matchmaking_time=2.0,
             request_timeout=5.0,
         )
-        told = []
+        told, meter = [], CpuMeter()
         try:
             for _ in range(asked["warm"] + asked["syncs"]):
                 step = averager.step(wait=False, require_trigger=True, timeout=120, allow_retries=True)
@@ -308,11 +314,11 @@ class TheirPeer:
                     time.sleep(0.005)
                 ready()
                 go()
-                before, began = cpu_seconds(), time.perf_counter()
+                before, began = meter.seconds(), time.perf_counter()
                 step.allow_allreduce()
                 found = step.result(timeout=300)
-                seconds = time.perf_counter() - began
-                told.append({"seconds": seconds, "cpu": cpu_seconds() - before, "group": len(found or ())})
+                seconds, cpu = time.perf_counter() - began, meter.seconds() - before
+                told.append({"seconds": seconds, "cpu": cpu, "group": len(found or ())})
         finally:
             averager.shutdown()
         del hivemind

@@ -62,8 +62,8 @@ def aggregate(
     out: Flat | None = None,
 ) -> Flat:
     """The contributions, per-tensor norm-clipped, by a rule of `RULE_NAMES`: one update, shape (layout.size,).
-    `steered`: weights are validators'. `liars`: the share of members that a robust rule stands. `out`: zeros, in
-    which a mean may be made.
+    `steered`: weights are validators'. `liars`: the share of members that a robust rule stands. `out`: memory
+    of an update, in which a mean may be made.
 
     The mean divides by all contributions' weights, not by how many kept a coordinate: a zero is a statement too.
     """
@@ -82,6 +82,8 @@ def aggregate(
     slab = SPARSE_SLAB_VALUES if all(isinstance(one, Sparse) for one in group) else SLAB_VALUES
     for number, slot in enumerate(layout.slots):
         for part in slabs(slot.range.start, slot.range.stop, slab):
+            if out is not None:
+                update[part] = 0
             for one, of in zip(group, scales, strict=True):
                 one.add_to(update[part], part, of[number])
     return update

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from potluck.swarm.compiled import FLOATS, INT, INT8S, TO_FLOATS, TO_INT32S, compiled
+from potluck.swarm.compiled import FLOAT, FLOATS, INT, INT8S, TO_FLOATS, TO_INT32S, compiled
 from potluck.swarm.exact import square_sum, tree_sum
 from potluck.swarm.layout import Flat
 
@@ -41,6 +41,13 @@ class Blocks:
         """Adds them times a factor, which the scales are multiplied by first."""
         scales = self._scales(begin, end) * factor
         _add(update, self._codes(begin, end, update), scales, self.block, begin % self.block)
+
+    def move(self, theta: Flat, begin: int, end: int, into: Flat, rate: float | np.float32) -> None:
+        """Writes `theta` less them times a rate, which they are multiplied by last."""
+        if theta.size != into.size:
+            raise IndexError(f"{theta.size} values for {into.size}")
+        codes, scales = self._codes(begin, end, into), self._scales(begin, end)
+        _move(into, theta, codes, scales, np.float32(rate), self.block, begin % self.block)
 
     def square_sum(self, begin: int, end: int) -> float:
         first, last = -(-begin // self.block), end // self.block
@@ -91,6 +98,15 @@ def _read(values: Flat, codes: Int8s, scales: Flat, block: int, skipped: int) ->
         into, part, scale = values[begin:end], codes[begin:end], scales[number]
         for i in range(part.size):
             into[i] = np.float32(part[i]) * scale
+
+
+@compiled((TO_FLOATS, FLOATS, INT8S, FLOATS, FLOAT, INT, INT))
+def _move(values: Flat, theta: Flat, codes: Int8s, scales: Flat, rate: np.float32, block: int, skipped: int) -> None:
+    for number in range(scales.size):
+        begin, end = max(0, number * block - skipped), min(values.size, (number + 1) * block - skipped)
+        into, before, part, scale = values[begin:end], theta[begin:end], codes[begin:end], scales[number]
+        for i in range(part.size):
+            into[i] = before[i] - np.float32(part[i]) * scale * rate
 
 
 @compiled((TO_FLOATS, INT8S, FLOATS, INT, INT))

@@ -149,6 +149,12 @@ class Quantized:
         for one, begin, end, at in self._inside(part):
             one.add_to(update[at : at + end - begin], begin, end, factor)
 
+    def move(self, theta: Flat, part: slice, into: Flat, rate: Factor) -> None:
+        """Writes `theta`, (part's size,), less a part of the values times a rate: one pass over memory, not two."""
+        for one, begin, end, at in self._inside(part):
+            inside = slice(at, at + end - begin)
+            one.move(theta[inside], begin, end, into[inside], rate)
+
     def square_sum(self, part: slice) -> float:
         return tree_sum(np.array([one.square_sum(begin, end) for one, begin, end, _ in self._inside(part)]))
 

@@ -256,7 +256,7 @@ class Follower:
                     steered=bool(steered),
                     rule=rules.rule,
                     liars=rules.liars,
-                    out=self._vectors.zeros() if rules.rule == "mean" and len(self.parts) == 1 else None,
+                    out=self._vectors.any() if rules.rule == "mean" and len(self.parts) == 1 else None,
                 )
                 theta, velocity = self._outer_step(base, own.velocity, self.codec.update_of(update, layout), round_)
             after = ReplicaState(
@@ -300,11 +300,13 @@ class Follower:
         into, faster = self._vectors.any(), self.outer.fresh(velocity)
         for segment, piece in update:
             for part in slabs(segment.start, segment.stop, SLAB_VALUES):
+                velocity = None if faster is None else faster[part]
                 if piece is None:
                     into[part] = 0
+                    self.outer.move(theta[part], velocity, into[part], round_)
                 else:
-                    piece.read(slice(part.start - segment.start, part.stop - segment.start), into[part])
-                self.outer.move(theta[part], None if faster is None else faster[part], into[part], round_)
+                    inside = slice(part.start - segment.start, part.stop - segment.start)
+                    self.outer.move_by(theta[part], velocity, piece, inside, into[part], round_)
         return into, faster
 
     def _blend_fragments(self, state: ReplicaState, view: View, round_: Round) -> tuple[Flat, float]:

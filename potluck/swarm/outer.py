@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from potluck.swarm.compiled import BOOL, FLOAT, FLOATS, TO_FLOATS, compiled
+from potluck.swarm.contribution import Dense, Quantized
 from potluck.swarm.layout import Flat
 
 
@@ -49,6 +50,16 @@ class OuterStep:
             _step(theta, update, rate)
         else:
             _step_with_momentum(theta, velocity, update, rate, np.float32(self.momentum_at(round_)), self.nesterov)
+
+    def move_by(
+        self, theta: Flat, velocity: Flat | None, piece: Dense | Quantized, part: slice, into: Flat, round_: int
+    ) -> None:
+        """As `move`, by a `part` of what is decoded on the way; theta of the next round is written into `into`."""
+        if isinstance(piece, Quantized) and (self.momentum == 0.0 or velocity is None):
+            piece.move(theta, part, into, np.float32(self.learning_rate))
+        else:
+            piece.read(part, into)
+            self.move(theta, velocity, into, round_)
 
 
 # Both write theta of the next round into `update`.

@@ -26,6 +26,7 @@ from typing import Any, TypeVar, Unpack
 import numpy as np
 import torch
 
+from potluck.swarm.exact import all_finite
 from potluck.swarm.follower import Following
 from potluck.swarm.layout import Flat
 from potluck.swarm.local import LocalResult
@@ -201,6 +202,9 @@ class OverlappedReplica(GossipReplica):
         if theta is not self._base:
             self.trainer.load(theta - self.trainer.delta(self._base))
             self._base = theta
+
+    def _to_be_trusted(self, delta: Flat) -> bool:
+        return all_finite(delta)  # the next round's training begins with it
 
     def _on_diverged(self) -> None:
         self._diverged = True  # the next round is in training: see `_turn`

@@ -40,8 +40,3 @@ class Recycled:
         if len(self._given) < self._most:
             self._given.append(new)
         return new
-
-    def zeros(self) -> npt.NDArray[Any]:
-        vector = self.any()
-        vector.fill(0)
-        return vector

@@ -288,7 +288,7 @@ class GossipReplica(Follower):
         if result.steps == 0:
             return Mine(result)
         delta = self.trainer.delta(base)
-        if not (math.isfinite(result.loss_before + result.loss_after) and all_finite(delta)):
+        if not (math.isfinite(result.loss_before + result.loss_after) and self._to_be_trusted(delta)):
             self._start_anew()
             return Mine(result)
         if self._unsent is None:
@@ -297,6 +297,10 @@ class GossipReplica(Follower):
         sent, self._unsent = delta[part].copy(), delta
         self._unsent[part] = 0
         return Mine(result, sent)
+
+    def _to_be_trusted(self, delta: Flat) -> bool:
+        """Whether what is used of `delta` before codecs see it is finite. They look at all that they encode."""
+        return self._unsent is None or all_finite(delta)
 
     async def _commit(self, mine: Mine, window: Window) -> None:
         """Encode, serve (hidden until the deadline) and publish. Too late or nothing trained: say so, skip."""

@@ -312,8 +312,7 @@ class SlicedPuller(Puller):
         """Make a segment of the update; as it is told to others. Nothing of fewer contributions than `least`."""
 
         def work() -> memoryview:
-            encoded = self._aggregated(one, segment, parts)
-            one.pieces[segment] = self._decoded(encoded, segment)
+            encoded, one.pieces[segment] = self._aggregated(one, segment, parts)
             return encoded
 
         if len(parts) < least:
@@ -322,7 +321,10 @@ class SlicedPuller(Puller):
         one.counted[segment] = frozenset(parts)
         return encoded
 
-    def _aggregated(self, one: _Round, segment: int, contributions: Mapping[PeerId, Contribution]) -> memoryview:
+    def _aggregated(
+        self, one: _Round, segment: int, contributions: Mapping[PeerId, Contribution]
+    ) -> tuple[memoryview, Dense | Quantized]:
+        """A segment of the update, as it is told and as it is applied."""
         rules, weights = self._rules, token_weights({peer: one.commits[peer].tokens for peer in contributions})
         layout = self._layouts[segment]
         update = aggregate(
@@ -332,9 +334,14 @@ class SlicedPuller(Puller):
             clip=rules.clip,
             rule=rules.rule,
             liars=rules.liars,
-            out=self._scratch.zeros()[: layout.size] if rules.rule == "mean" else None,
+            out=self._scratch.any()[: layout.size] if rules.rule == "mean" else None,
         )
-        return self._dense.encode_segment(np.clip(update, -MOST, MOST, out=update))
+        encoded = self._dense.encode_segment(update)
+        try:
+            return encoded, self._decoded(encoded, segment)
+        except CodecError:  # of values at the codec's bound, and by rounding beyond it
+            encoded = self._dense.encode_segment(np.clip(update, -MOST, MOST, out=update))
+            return encoded, self._decoded(encoded, segment)
 
     async def _chunks(
         self,
@@ -366,8 +373,9 @@ class SlicedPuller(Puller):
                     if len(members) < fewest(len(one.commits), robust):
                         await one.asked_all.wait()
                     check_enough(members, one.commits, one.silent, robust)
-                    digest = await self._in_thread(self._fill_and_hash, one, segment, data)
-                    one.told[segment], one.counted[segment] = (members, digest), members
+                    # Here and not in a thread: 0.3 ms, while it is in the cache.
+                    one.pieces[segment] = self._decoded(data, segment)
+                    one.told[segment], one.counted[segment] = (members, blake3(data).digest()), members
                 except PotluckError as error:
                     if peer not in one.failed:
                         what = f"{type(error).__name__}: {error}"
@@ -397,10 +405,6 @@ class SlicedPuller(Puller):
                 if late or error.kind != NothingTold.__name__ or self._now() + ASK_AGAIN_SECONDS >= until:
                     raise
                 await asyncio.sleep(ASK_AGAIN_SECONDS)
-
-    def _fill_and_hash(self, one: _Round, segment: int, data: memoryview) -> bytes:
-        one.pieces[segment] = self._decoded(data, segment)
-        return blake3(data).digest()
 
     # ---- checking others ------------------------------------------------------------------------------------
 
@@ -440,7 +444,7 @@ class SlicedPuller(Puller):
         aggregator says that its own contribution is in it, and does not give that, again and again."""
         (members, digest), owner = one.told[segment], one.owners[segment]
         if members <= raw.keys():
-            right = await self._in_thread(self._aggregated, one, segment, {peer: raw[peer] for peer in members})
+            right, _ = await self._in_thread(self._aggregated, one, segment, {peer: raw[peer] for peer in members})
             if blake3(right).digest() == digest:
                 self._unproved.pop(owner, None)
                 return

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from potluck.net.host import PeerId
+from potluck.swarm.codecs import CODEC_NAMES
 from potluck.swarm.follower import Follower, RoundRules
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult
@@ -330,7 +331,7 @@ def test_what_was_not_published_stays_in_the_error_feedback() -> None:
     simulate(body, codec="sparse")
 
 
-@pytest.mark.parametrize("codec", ["none", "int8", "sparse"])
+@pytest.mark.parametrize("codec", CODEC_NAMES)
 def test_a_peer_whose_training_diverges_sits_out_and_comes_back(codec: str) -> None:
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(i) for i in range(3)]

@@ -133,9 +133,11 @@ def test_poisoned_values_are_refused_on_arrival(poison: float) -> None:
     bad[3] = poison
     with pytest.raises(CodecError):
         codec.decode(codec.encode(bad, LAYOUT), LAYOUT)
-    for name in ("int8", "int4", "sparse"):
+    for name in sorted(set(CODEC_NAMES) - {"none"}):
         encoder = make_codec(name)
-        if np.isfinite(poison):
+        if np.isfinite(poison) and name in ("demo", "sign"):
+            encoder.decode(encoder.encode(bad, LAYOUT), LAYOUT)  # it is one of many in what they send
+        elif np.isfinite(poison):
             with pytest.raises(CodecError):
                 encoder.decode(encoder.encode(bad, LAYOUT), LAYOUT)
         else:

@@ -20,7 +20,7 @@ from potluck.swarm.codecs.int4 import Int4Codec
 from potluck.swarm.codecs.int8 import quantize
 from potluck.swarm.codecs.residual import blend
 from potluck.swarm.compiled import INT, compiled
-from potluck.swarm.contribution import Dense, Leveled
+from potluck.swarm.contribution import Dense, Leveled, Quantized
 from potluck.swarm.layout import Flat
 from potluck.swarm.outer import OuterStep
 
@@ -95,8 +95,13 @@ def test_codes_times_scales_are_numpys(
     one.add_to(update, begin, end, factor)
     assert same(update, wanted)
     assert same(dequantized(codes, scales, block), codes.astype(np.float32) * scales[which])
+    theta, into = some(seed + 2, end - begin), np.empty(end - begin, dtype=np.float32)
+    OuterStep(float(factor)).move_by(unaligned(theta), None, Quantized([one]), slice(begin, end), into, 3)
+    assert same(into, theta - read * factor)
     with pytest.raises(IndexError):
         one.add_to(np.zeros(end - begin + 1, dtype=np.float32), begin, end, factor)
+    with pytest.raises(IndexError):
+        one.move(np.zeros(end - begin + 1, dtype=np.float32), begin, end, into, factor)
 
 
 @given(seeds, sizes, factors)

@@ -12,14 +12,12 @@ import torch
 from potluck.swarm.recycled import MOST, Recycled
 
 
-def test_what_nobody_refers_to_is_given_again_as_zeros() -> None:
+def test_what_nobody_refers_to_is_given_again() -> None:
     recycled = Recycled(100)
-    first = recycled.zeros()
-    first[:] = 1
+    first = recycled.any()
     place = first.ctypes.data
     del first
-    again = recycled.zeros()
-    assert again.ctypes.data == place and not again.any()
+    assert recycled.any().ctypes.data == place
 
 
 @pytest.mark.parametrize(
@@ -27,8 +25,14 @@ def test_what_nobody_refers_to_is_given_again_as_zeros() -> None:
 )
 def test_what_somebody_can_see_stays_as_it_is(hold: Callable[[Any], Any]) -> None:
     recycled = Recycled(100)
-    held = [hold(recycled.zeros()) for _ in range(3)]
-    taken = [recycled.zeros() for _ in range(3)]
+
+    def cleared() -> Any:
+        vector = recycled.any()
+        vector.fill(0)
+        return vector
+
+    held = [hold(cleared()) for _ in range(3)]
+    taken = [recycled.any() for _ in range(3)]
     for vector in taken:
         vector.fill(7)
     assert all(not np.asarray(one).any() for one in held)
@@ -37,6 +41,6 @@ def test_what_somebody_can_see_stays_as_it_is(hold: Callable[[Any], Any]) -> Non
 
 def test_it_keeps_no_more_than_its_share() -> None:
     recycled = Recycled(10)
-    held = [recycled.zeros() for _ in range(3 * MOST)]
+    held = [recycled.any() for _ in range(3 * MOST)]
     del held
     assert len(recycled._given) == MOST

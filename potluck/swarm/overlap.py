@@ -111,8 +111,8 @@ class OverlappedReplica(GossipReplica):
         if self._stop.is_set():
             return
         await self._landed()
-        if self._stop.is_set():
-            return
+        if self._stop.is_set() or self._state.round < window.round:
+            return  # what the round before came to was missed: it is replayed first
         landed = self._now()
         early = max(0.0, min(window.train_until, landed) - trained)
         seconds = {"evaluate": ready - self._turned, "train": trained - began, "idle": began - ready + early}

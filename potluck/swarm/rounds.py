@@ -210,7 +210,8 @@ class GossipReplica(Follower):
         return clock.window(self._state.round)
 
     async def _land(self, window: Window, mine: Mine) -> Landed | None:
-        """Commit, pull and apply a round: steps 2 to 7. None if told to stop: the round is given up."""
+        """Commit, pull and apply a round: steps 2 to 7. None if told to stop, or past the pull deadline (a step took
+        longer than the whole exchange; the machine slept): the round is given up, or replayed when it is over."""
         trained = self._now()
         await self._commit(mine, window)
         committed = self._now()
@@ -218,7 +219,7 @@ class GossipReplica(Follower):
             window.read_from, f"the commit deadline of round {window.round}", "the group's commits are read"
         )
         revealed = self._now()
-        if self._stop.is_set():
+        if self._stop.is_set() or revealed >= window.pull_by:
             return None  # pulled in haste, it would be applied alone
         view = await self._pull(window, mine)
         pulled = self._now()

@@ -356,6 +356,27 @@ def test_who_was_frozen_comes_back_to_the_same_bits(rounds: int) -> None:
     simulate(body)
 
 
+@pytest.mark.parametrize("replica", [GossipReplica, OverlappedReplica])
+@pytest.mark.parametrize("codec", ["int8", "sparse"])
+@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("late", [3.0, 6.0, 9.0, 12.0, 17.0, 24.0])
+def test_who_trains_beyond_a_rounds_end_loads_no_state(
+    replica: type[GossipReplica], codec: str, sliced: bool, late: float
+) -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(3)]
+        await swarm.until(41.0)
+        swarm.trainers[peers[2]].pace._owed += late
+        await swarm.until(119.0)
+        assert "swarm.state.loaded" not in swarm.names(peers[2]), swarm.names(peers[2])
+        assert all(len(swarm.digests(round_)) == 1 for round_ in range(11))
+        assert all(peers[2] in swarm.applied(peers[0])[round_]["group"] for round_ in range(8, 11))
+        assert all(swarm.applied(peers[2])[r]["group"] for r in swarm.applied(peers[2]))
+
+    if not (sliced and (codec == "sparse" or replica is OverlappedReplica)):
+        simulate(body, codec=codec, replica=replica, rules=replace(RULES, sliced=sliced))
+
+
 # ---- parts --------------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,11 @@ def all_finite(values: npt.NDArray[np.float32]) -> bool:
     return _largest_magnitude(values.view(np.int32)) < INFINITE
 
 
+def all_within(values: npt.NDArray[np.float32], most: float) -> bool:
+    """Whether the magnitude of each, C-contiguous, is a number, and at most that."""
+    return _largest_magnitude(values.view(np.int32)) <= int(np.float32(most).view(np.int32))
+
+
 def norm(values: npt.NDArray[np.float32]) -> float:
     """Euclidean norm. The square root is correctly rounded (IEEE 754)."""
     return math.sqrt(square_sum(values))

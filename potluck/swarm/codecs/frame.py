@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from potluck.errors import CodecError
-from potluck.swarm.contribution import SLAB_VALUES
-from potluck.swarm.layout import Layout, slabs
+from potluck.swarm.exact import all_within
+from potluck.swarm.layout import Layout
 
 MAGIC = b"PLC3"
 NAME_BYTES = 12
@@ -47,8 +47,6 @@ class Reader:
 
 
 def check_bounded(codec: str, values: np.ndarray) -> None:
-    """Raises CodecError unless every value is finite and at most MAX_MAGNITUDE (NaN fails the comparison)."""
-    for slab in slabs(0, len(values), SLAB_VALUES):
-        part = values[slab]
-        if not (part.min() >= -MAX_MAGNITUDE and part.max() <= MAX_MAGNITUDE):
-            raise CodecError(f"{codec}: a value is not finite or larger than {MAX_MAGNITUDE:g}")
+    """Raises CodecError unless every value is finite and at most MAX_MAGNITUDE."""
+    if not all_within(values.reshape(-1), MAX_MAGNITUDE):
+        raise CodecError(f"{codec}: a value is not finite or larger than {MAX_MAGNITUDE:g}")

@@ -230,6 +230,8 @@ def test_all_finite_is_numpys(seed: int, size: int, special: float) -> None:
     values = some(seed, size)
     values[seed % size] = special
     assert exact.all_finite(values) == bool(np.isfinite(values).all())
+    for most in (1e4, 1.5, float("inf")):
+        assert exact.all_within(values, most) == bool((np.abs(values) <= np.float32(most)).all())
 
 
 @given(seeds, st.integers(1, 3000))

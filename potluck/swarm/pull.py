@@ -226,7 +226,7 @@ class Puller:
 
         async def one(peer: PeerId, commit: Commit) -> None:
             try:
-                await self._own_blob(peer, commit, [peer], until, may_come=False)
+                await self._fetch_late(peer, commit, until)
                 came(peer)
             except PotluckError:
                 pass  # as its round said
@@ -235,6 +235,10 @@ class Puller:
             for peer in sorted(view.missing.keys() & view.commits.keys() - {self._peer}):
                 if view.missing[peer].startswith(BlobUnavailable.__name__):
                     group.create_task(one(peer, view.commits[peer]))
+
+    async def _fetch_late(self, peer: PeerId, commit: Commit, until: float) -> None:
+        """Raises PotluckError."""
+        await self._own_blob(peer, commit, [peer], until, may_come=False)
 
     async def _pull_fragment(
         self, peer: PeerId, commit: Commit, holders: tuple[PeerId, ...], pull_by: float, view: View

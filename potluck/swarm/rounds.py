@@ -246,7 +246,8 @@ class GossipReplica(Follower):
         late = self._late
 
         def came(peer: PeerId) -> None:
-            late[peer] = self._now() - window.pull_by
+            # A sliced round is over when nobody waits for more, which may be before its deadline.
+            late[peer] = max(0.0, self._now() - window.pull_by)
 
         self._chase = asyncio.create_task(self._puller.chase(view, until, came))
 

@@ -21,6 +21,7 @@ from potluck.swarm import sliced
 from potluck.swarm.codecs import int8, none, segments
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE
 from potluck.swarm.codecs.none import NoneCodec
+from potluck.swarm.phases import Round
 from potluck.swarm.slices import Accusation
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -325,5 +326,24 @@ def test_who_commits_and_withholds_costs_a_part_of_one_round_and_not_of_all() ->
         await swarm.until(75.0)
         late = [event["round"] for event in swarm.events[peers[0]] if event["event"] == "swarm.slices.late"]
         assert late == [0] and swarm.applied(peers[0])[0]["at"] <= 10.0 + 0.25 * 8.0 + 0.1
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="int8")
+
+
+def test_the_next_round_tells_who_was_late_from_who_is_gone() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(5)]
+        await swarm.until(41.0)
+        slow, gone = (swarm.world.of(peer) for peer in peers[3:])
+        slow.hides_from = gone.hides_from = set(peers[:3])
+        window = RULES.clock.window(Round(4))
+        given_up = window.read_from + sliced.RAW_SHARE * (window.pull_by - window.read_from)
+        await swarm.until(given_up - 0.01)
+        slow.hides_from = set()
+        await swarm.until(61.0)
+        for peer in peers[:3]:
+            assert swarm.applied(peer)[4]["missing"].keys() == set(peers[3:])
+            late = swarm.applied(peer)[5]["late"]
+            assert late.keys() == {peers[3]} and late[peers[3]] == 0  # of what is left of the round's time
 
     simulate(body, rules=replace(RULES, sliced=True), codec="int8")

@@ -16,7 +16,7 @@ import typer
 
 from potluck.cli.display import megabytes, spark_line
 from potluck.cli.options import JsonOption
-from potluck.errors import LedgerError, NetworkError
+from potluck.errors import LedgerError, NetworkError, UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +36,9 @@ def demo(
     validate: Annotated[
         bool, typer.Option("--validate", help="With a validator, which scores what each peer contributes.")
     ] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to keep homes and the exported model.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the exported model: new, or an earlier demo's.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a small model with an organizer and workers on this machine: see a whole run in minutes.
@@ -49,6 +51,8 @@ def demo(
 
     Example:  potluck demo --validate
     """
+    out = (out or Path("demo-output")).absolute()
+    _check_out(out)
     from potluck.peer.demo import FAST, FULL, Demo, of_stages, validated
 
     script = FAST if fast else FULL
@@ -57,7 +61,6 @@ def demo(
     if validate:
         script = validated(script)
 
-    out = (out or Path("demo-output")).absolute()
     live = not as_json and sys.stdout.isatty()
     lines: list[str] = []
 
@@ -75,7 +78,7 @@ def demo(
         sample = _sample(out / "model")
     except KeyboardInterrupt:
         print("demo interrupted; all its processes are gone", file=sys.stderr)
-        raise
+        sys.exit(130)
     finally:
         shutil.rmtree(homes, ignore_errors=True)
     if as_json:
@@ -86,6 +89,19 @@ def demo(
         raise NetworkError("the demo's peers did not recover from its faults (see the figures above)")
     if validate and not (figures["ledger_verified"] and figures["ledger_audited"]):
         raise LedgerError("the demo's ledger does not hold (see the figures above)")
+
+
+def _check_out(out: Path) -> None:
+    """Only what an earlier demo left there may be written over."""
+    try:
+        there = {path.name for path in out.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}: choose another folder") from None
+    is_model = (out / "model" / "potluck-manifest.json").is_file()
+    if others := there - ({"model", "validator.ledger"} if is_model else set()):
+        raise UserError(f"--out {out}: {min(others)!r} in it is no demo's output: choose a new or an empty folder")
 
 
 async def _run(

@@ -48,6 +48,8 @@ def sat_out_line(event: Event) -> str:
 
 def round_line(event: Event) -> str:
     """One round in one line."""
+    from potluck.peer.events import counted
+
     group = len(event["group"])
     alone = (
         f" the only replica of {event['module']}" if "module" in event else " TRAINING ALONE: no other peer contributed"
@@ -55,7 +57,7 @@ def round_line(event: Event) -> str:
     note = alone if event["alone"] else ""
     if event["missing"]:
         note += f" ({len(event['missing'])} missing)"
-    if event["contribution_bytes"] and not event["contributed"]:
+    if not counted(event["contribution_bytes"], event["contributed"]):
         note += " (your contribution did not count: others did not have it in time)"
     if not event["agree"]:
         note += " (digests differ: state reloaded or drift averaged)"
@@ -137,6 +139,12 @@ def event_line(event: Event) -> str | None:
             return f"error feedback dropped: {event['reason']}"
         case "net.bootstrap.unreachable":
             return "no known peer answers: starting from this home's own copy of the run"
+        case "peer.run.new":
+            new, old = event["run"][:8], event["other"][:8]
+            return (
+                f"a new run, {new}: its manifest is not that of run {old} of the same name, which this home started "
+                f"before; to go on with {old}, undo what was changed in the manifest, and host it again"
+            )
         case "net.daemon.died":
             return "the libp2p daemon died: restarting it"
     return None

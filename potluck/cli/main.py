@@ -38,6 +38,7 @@ from potluck.cli import (
     validate,
     why,
 )
+from potluck.cli.session import INTERRUPTED
 from potluck.errors import PotluckError
 
 app = typer.Typer(
@@ -122,6 +123,8 @@ def main() -> None:
     """Console entry point. Our errors: one line on stderr (with --json also one object on stdout) and their code."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except PotluckError as error:
         if "--json" in sys.argv:
@@ -129,19 +132,18 @@ def main() -> None:
             print(json.dumps(fields), flush=True)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except typer.Abort:
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "show"):  # click's usage errors show themselves
             raise
         if "--json" in sys.argv:
-            text = getattr(error, "message", str(error))
+            # `message` alone lacks the name of the option or argument.
+            text = getattr(error, "format_message", error.__str__)()
             print(json.dumps({"error": text, "kind": "UsageError", "exit_code": 2}), flush=True)
         error.show()
         sys.exit(2)

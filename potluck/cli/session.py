@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Ctrl-C and SIGTERM end the process within five seconds, whatever a step or the network does.
 EXIT_SECONDS = 4.5
-#: Exit code of an interrupt before the peer had joined, and of an end that had to be forced.
+#: Exit code of an interrupt: of a peer before it had joined, or of an end that had to be forced.
 INTERRUPTED = 130
 #: Bytes per second.
 MIN_RATE = 10_000
@@ -56,12 +56,15 @@ def run_peer(
 ) -> None:
     """Train, or validate, until the run is left. Errors of the peer propagate."""
     check_network_options(listen, announce, disk_quota, upload_limit, download_limit)
+    from potluck.peer.home import default_home
+
+    home = home or default_home()
+    _end_while_loading(home)
     vram = parse_bytes("--vram-limit", vram_limit) if vram_limit else None
     if not as_json and sys.stderr.isatty():
         print("loading...", file=sys.stderr)
     import uvloop
 
-    from potluck.peer.home import default_home
     from potluck.peer.worker import PeerSettings
 
     network = network_settings(listen, announce, disk_quota, upload_limit, loopback, download_limit)
@@ -86,7 +89,22 @@ def run_peer(
         from potluck.peer.hardware import cap_gpu_memory, choose_device
 
         cap_gpu_memory(choose_device(device), vram)
-    uvloop.run(_session(open_run, home or default_home(), settings, rounds, as_json))
+    uvloop.run(_session(open_run, home, settings, rounds, as_json))
+
+
+def _end_while_loading(home: Path) -> None:
+    """Ctrl-C and SIGTERM until the session listens for them: nothing is open yet."""
+
+    def end(number: int, frame: object) -> None:
+        print(_before_joining(home), file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+
+
+def _before_joining(home: Path) -> str:
+    return f"interrupted before it had joined: nothing is lost, {home} keeps what it has; the same command begins again"
 
 
 def check_network_options(
@@ -159,6 +177,7 @@ async def _session(
         if run is not None:
             run.stop()
         else:
+            print(_before_joining(home), file=sys.stderr, flush=True)
             me.cancel()
 
     loop = asyncio.get_running_loop()
@@ -175,7 +194,6 @@ async def _session(
     except asyncio.CancelledError:
         if not stopping:
             raise
-        print("stopped before joining", file=sys.stderr)
     if stopping:
         # All of ours is closed; a step or a build that still runs in a thread must not hold up the end.
         sys.stdout.flush()

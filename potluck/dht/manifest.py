@@ -199,8 +199,9 @@ class RoundsPart(_Part):
     def _exchange_fits(self) -> Self:
         most = self.seconds if self.overlap else self.seconds / 2
         if self.exchange_seconds >= most:
-            of = "rounds.seconds with rounds.overlap" if self.overlap else "half of rounds.seconds"
-            raise ValueError(f"exchange_seconds is {self.exchange_seconds:g}, allowed less than {of} ({most:g})")
+            of = "rounds.seconds (with rounds.overlap)" if self.overlap else "half of rounds.seconds"
+            given = f"exchange_seconds is {self.exchange_seconds:g}"
+            raise ValueError(f"{given}, allowed less than {of}, which is {most:g}")
         return self
 
 
@@ -229,7 +230,9 @@ class TrainingPart(_Part):
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
         if self.warmup_steps > self.total_steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, allowed at most total_steps ({self.total_steps})")
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, allowed at most total_steps, which is {self.total_steps}"
+            )
         return self
 
 
@@ -341,11 +344,14 @@ class ManifestDraft(_Part):
         if isinstance(positions, int) and positions < self.data.sequence_length:
             raise ValueError(
                 f"data.sequence_length is {self.data.sequence_length}, allowed at most "
-                f"model.config.max_position_embeddings ({positions})"
+                f"model.config.max_position_embeddings, which is {positions}"
             )
         layers = self.model.config.get("num_hidden_layers")
         if isinstance(layers, int) and self.model.stages > layers:
-            raise ValueError(f"model.stages is {self.model.stages}, allowed at most the number of layers ({layers})")
+            raise ValueError(
+                f"model.stages is {self.model.stages}, allowed at most the number of layers "
+                f"(model.config.num_hidden_layers), which is {layers}"
+            )
         for name, used, why in (
             ("overlap", self.rounds.overlap, "samples that they can check follow from a state that has not landed yet"),
             ("stream", self.rounds.stream > 1, "they judge whole contributions"),

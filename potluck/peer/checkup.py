@@ -6,6 +6,7 @@ Nothing of it stays but the benchmark's figure, and the home's folder if there w
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import platform
 import resource
@@ -241,7 +242,7 @@ def _with_line(facts: MachineFacts, home: Home, network: NetworkFacts) -> Machin
     """What was measured now, beside what is known from before. A cap of our own says nothing of the line."""
     up, down, old = network.upload, network.download, facts.line
     upload = up.bytes / up.seconds if up and not up.capped else old.upload if old else None
-    download = down.bytes / down.seconds if down and down.bytes else old.download if old else None
+    download = down.bytes / down.seconds if down and down.bytes and not down.capped else old.download if old else None
     nat = network.nat.mapping if network.nat else old.nat if old else None
     if (upload, download, nat) == (None, None, None):
         return facts
@@ -308,9 +309,18 @@ def weigh(asked: Asked, manifest: Manifest, machine: MachineFacts, settings: Pee
         snapshot_bytes=snapshot,
         memory_bytes=memory,
         blob_bytes=blob,
+        pull_bytes=_pulled_contributions(manifest, asked.peers) * blob,
         pull_seconds=PULL_SHARE * rounds.exchange_seconds,
         upload_cap=settings.network.upload,
+        download_cap=settings.network.download,
     )
+
+
+def _pulled_contributions(manifest: Manifest, others: int | None) -> int:
+    """How many contributions a peer of a module's group receives in a round, at most. In slices come two, about."""
+    rounds = manifest.rounds
+    here = rounds.group_size if others is None else math.ceil(others / manifest.model.stages)
+    return min(here, rounds.group_size - 1, 2 if rounds.exchange == "sliced" else rounds.group_size)
 
 
 def _data_problem(manifest: Manifest, settings: PeerSettings, own: bool) -> str | None:

@@ -333,10 +333,12 @@ def _download(facts: NetworkFacts) -> Finding:
     if done is None:
         return Finding("download", "ok", f"not measured: {facts.undownloaded or 'there was nothing to fetch'}")
     who = "one peer" if done.peers == 1 else f"{done.peers} peers"
+    within = ", within --download-limit" if done.capped else ""
     if done.bytes == 0:
-        fix = "the line is slow, or busy: see what else uses it"
-        return Finding("download", "warn", f"less than {MIB / 1e6:.0f} MB in {done.seconds:.0f} s from {who}", fix)
-    return Finding("download", "ok", f"{done.bytes / done.seconds / 1e6:.1f} MB/s from {who}")
+        fix = "raise --download-limit" if done.capped else "the line is slow, or busy: see what else uses it"
+        seen = f"less than {MIB / 1e6:.0f} MB in {done.seconds:.0f} s from {who}{within}"
+        return Finding("download", "warn", seen, fix)
+    return Finding("download", "ok", f"{done.bytes / done.seconds / 1e6:.1f} MB/s from {who}{within}")
 
 
 def _upload(done: Upload | None) -> Finding:
@@ -367,23 +369,35 @@ def _nat(nat: NatKind) -> Finding:
 def run_findings(run: RunFacts, machine: MachineFacts) -> list[Finding]:
     """What this run asks of this machine."""
     found = [_run(run), *_model(run), *_extras(run), _data(run), _run_disk(run, machine), *_pace(run, machine.speed)]
-    return [*found, *_uplink(run, machine.line)]
+    return [*found, *_uplink(run, machine.line), *_downlink(run, machine.line)]
 
 
 def _uplink(run: RunFacts, line: Line | None) -> list[Finding]:
     """Whether others can have this peer's contribution in time."""
-    measured = line.upload if line and line.upload else math.inf
-    most = min(measured, run.upload_cap or math.inf)
-    if math.isinf(most) or not run.blob_bytes:
+    what = f"a contribution has {run.blob_bytes / 1e6:.2f} MB at most, to be had in {run.pull_seconds:.1f} s: it takes"
+    needed, measured = run.blob_bytes / run.pull_seconds, line.upload if line else None
+    return _link("upload", what, needed, measured, run.upload_cap, "rounds are sat out otherwise")
+
+
+def _downlink(run: RunFacts, line: Line | None) -> list[Finding]:
+    """Whether this peer can have the others' contributions in time."""
+    what = f"a round's contributions of others have {run.pull_bytes / 1e6:.2f} MB at most, to be had in "
+    what += f"{run.pull_seconds:.1f} s: they take"
+    needed, measured = run.pull_bytes / run.pull_seconds, line.download if line else None
+    return _link("download", what, needed, measured, run.download_cap, "the state is loaded again and again otherwise")
+
+
+def _link(way: str, what: str, needed: float, measured: float | None, cap: float | None, cost: str) -> list[Finding]:
+    """Rates in bytes per second."""
+    name, most = f"{way.removesuffix('load')}link", min(measured or math.inf, cap or math.inf)
+    if math.isinf(most) or not needed:
         return []
-    needed = run.blob_bytes / run.pull_seconds
-    what = "the upload limit" if run.upload_cap == most else "the line's upload"
-    seen = f"a contribution has {run.blob_bytes / 1e6:.2f} MB at most, to be had in {run.pull_seconds:.1f} s: it takes "
-    seen += f"{needed / 1e6:.2f} MB/s, and {what} is {most / 1e6:.2f} MB/s"
+    whose = f"the {way} limit" if cap == most else f"the line's {way}"
+    seen = f"{what} {needed / 1e6:.2f} MB/s, and {whose} is {most / 1e6:.2f} MB/s"
     if needed <= most:
-        return [Finding("uplink", "ok", seen)]
-    fix = "raise --upload-limit" if run.upload_cap == most else "join a run with another codec or a longer exchange"
-    return [Finding("uplink", "warn", seen, f"{fix}; rounds are sat out otherwise")]
+        return [Finding(name, "ok", seen)]
+    fix = f"raise --{way}-limit" if cap == most else "join a run with another codec or a longer exchange"
+    return [Finding(name, "warn", seen, f"{fix}; {cost}")]
 
 
 def line_findings(line: Line | None) -> list[Finding]:
@@ -490,6 +504,7 @@ def recommend(run: RunFacts | None, findings: Sequence[Finding], free_bytes: int
     warned = {one.name for one in findings if one.status == "warn"}
     hint = ", but it may be too slow to finish a step within a round" if "pace" in warned else ""
     hint += ", but its upload is too slow for a contribution within a round" if "uplink" in warned else ""
+    hint += ", but its download is too slow for a round's contributions" if "downlink" in warned else ""
     if run.stages == 1:
         why = f"the whole model fits on this machine{hint}"
         return Recommendation("whole", why, module=run.module, command="potluck join INVITE")

@@ -22,6 +22,11 @@ def encode_event(event: Event) -> bytes:
     return msgspec.json.encode(event)
 
 
+def counted(contribution_bytes: int, contributed: bool) -> bool:
+    """Whether a round counted what this peer committed to; of a round to which it committed nothing, also true."""
+    return contributed or contribution_bytes == 0
+
+
 class Twentieths:
     """Long work tells its progress at each twentieth, not more often. Work may begin again."""
 

@@ -79,11 +79,12 @@ class Dialled:
 
 @dataclass(frozen=True)
 class Download:
-    """A sample of what a run's peers serve. Of too few bytes nothing can be told."""
+    """A sample of what a run's peers serve. Of too few bytes nothing can be told. `capped`: by a limit of our own."""
 
     bytes: int
     seconds: float
     peers: int
+    capped: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class RunFacts:
     """A run as this machine would join it. Of a pipeline `module` is the stage where one more is missed most, of those
     that fit, and `problem` says why none does; else `problem` is why the whole model does not fit.
 
-    One contribution has `blob_bytes` at most, and is to be had within `pull_seconds`; `upload_cap`: our own limit.
+    One contribution has `blob_bytes` at most, those of a group that come from others `pull_bytes`; they are to be had
+    within `pull_seconds`. `upload_cap`, `download_cap`: our own limits.
     `step_tokens` are trained in `train_seconds` at least once, or a round is lost. `state_bytes` are downloaded at
     joining, `checkpoint_bytes` are kept, and `contribution_bytes` at most for those who catch up. `snapshot_bytes`:
     main memory for a snapshot of another stage, beside the module's own `memory_bytes`.
@@ -151,5 +153,7 @@ class RunFacts:
     snapshot_bytes: int
     memory_bytes: int
     blob_bytes: int = 0
+    pull_bytes: int = 0
     pull_seconds: float = math.inf
     upload_cap: float | None = None
+    download_cap: float | None = None

@@ -303,7 +303,8 @@ async def sample(rpc: Rpc, peers: Sequence[PeerId], blobs: Sequence[BlobId]) -> 
 
     answers = await asyncio.gather(*(get(*one) for one in wanted[:SAMPLE_CHUNKS]))
     came = [seconds for seconds in answers if seconds is not None]
-    return Download(len(came) * CHUNK_BYTES, max(came, default=SAMPLE_SECONDS), len(whole)), ""
+    seconds, capped = max(came, default=SAMPLE_SECONDS), rpc.download.rate is not None
+    return Download(len(came) * CHUNK_BYTES, seconds, len(whole), capped), ""
 
 
 async def _listed(rpc: Rpc, peer: PeerId, blobs: Sequence[BlobId]) -> ChunkList | None:

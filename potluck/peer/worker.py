@@ -33,7 +33,7 @@ from potluck.net.clock import SAID_SECONDS, RunClock
 from potluck.net.identity import Identity
 from potluck.peer.build import MODULE, Parts, build, check_memory, initial_state, rules_of, same_draft
 from potluck.peer.control import ControlServer
-from potluck.peer.events import EventLog, Twentieths
+from potluck.peer.events import EventLog, Twentieths, counted
 from potluck.peer.hardware import choose_device
 from potluck.peer.home import Home, RunFolder
 from potluck.peer.ledger_copies import LedgerCopies
@@ -106,9 +106,10 @@ class Peer:
             ),
             self.identity,
         )
+        namesake = self._namesake(unsigned)
         folder = self.home.run(signed.run_id)
         folder.save_manifest(signed)
-        return await self._take_part(folder, signed, None)
+        return await self._take_part(folder, signed, None, namesake)
 
     def _hosted(self, unsigned: Manifest) -> RunFolder | None:
         """The run that was started here from this manifest. One that never came to train is forgotten: nobody joined it
@@ -122,16 +123,29 @@ class Peer:
                     folder.remove()
         return None
 
+    def _namesake(self, unsigned: Manifest) -> RunId | None:
+        """The latest run of the same name that was started here, and came to train."""
+        for folder in self.home.runs():
+            signed = folder.manifest()
+            mine = signed and (signed.manifest.name, signed.manifest.organizer) == (unsigned.name, unsigned.organizer)
+            if signed and mine and folder.held(stage_names(signed.manifest.model.stages)):
+                return folder.run_id
+        return None
+
     async def join(self, invite: str | Invite) -> Run:
         """Take part in the run that an invite names. Raises ManifestError, NetworkError, ClockError, ..."""
         parsed = invite if isinstance(invite, Invite) else Invite.parse(invite)
         folder = self.home.run(parsed.run_id)
         return await self._take_part(folder, folder.manifest(), parsed)
 
-    async def _take_part(self, folder: RunFolder, signed: SignedManifest | None, invite: Invite | None) -> Run:
+    async def _take_part(
+        self, folder: RunFolder, signed: SignedManifest | None, invite: Invite | None, namesake: RunId | None = None
+    ) -> Run:
         async with AsyncExitStack() as stack:
             stack.enter_context(folder.locked())
             run = Run(self, folder, signed, invite)
+            if namesake:
+                run.events.emit("peer.run.new", run=folder.run_id, other=namesake)
             try:
                 await stack.enter_async_context(run)
             except BaseException:
@@ -606,8 +620,10 @@ class Run:
             "rounds_alone": self.replica.rounds_alone if self.replica else 0,
             "missing": dict(last.missing) if last else {},
             "late": dict(last.late) if last else {},
-            "counted": last.contributed or last.contribution_bytes == 0 if last else None,
+            "counted": counted(last.contribution_bytes, last.contributed) if last else None,
             "sat_out": sat_out if last is None or (sat_out and sat_out["round"] >= last.round) else None,
+            "leaving": self._leaving,
+            "leaving_after_round": self._last_round() if self._leaving else None,
         }
 
     async def _leave(self) -> dict[str, Any]:
@@ -615,13 +631,17 @@ class Run:
         self._woken.set()
         if self.bench:
             self.bench.finish()
+        if self.replica:
+            for seat in self._seats.values():
+                seat.replica.finish()
+            self.replica.finish()
+        return {"leaving_after_round": self._last_round()}
+
+    def _last_round(self) -> Round | None:
+        """The round in progress, after which a peer that is asked to leave does; None if it has not joined yet."""
         if self.replica is None:
-            return {"leaving_after_round": self._round if self.pipeline or self.bench else None}
-        for seat in self._seats.values():
-            seat.replica.finish()
-        self.replica.finish()
-        round_ = self.replica.state.round if self.replica.state else None
-        return {"leaving_after_round": round_}
+            return self._round if self.pipeline or self.bench else None
+        return self.replica.state.round if self.replica.state else None
 
     def _on_progress(self, done: int, total: int) -> None:
         """Of a state's download."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import tomllib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from potluck.cli.demo import _check_out as check_out
 from potluck.cli.display import event_line, spark_line
 from potluck.cli.main import main
 from potluck.cli.options import parse_bytes
+from potluck.cli.why import _names as names_of
 from potluck.cli.why import _text as why_text
+from potluck.dht.records import Heartbeat, Signed
 from potluck.errors import UserError
+from potluck.net.host import PeerId
+from potluck.peer.history import History
+from potluck.peer.home import Home
+from potluck.swarm.phases import Round
 
 COMMANDS = ["host", "join", "status", "why", "leave", "export", "generate", "demo", "run new"]
 
@@ -93,11 +103,97 @@ def test_run_new_refuses_what_host_would_refuse(
         ({"counted": False}, "your contribution did not count last round"),
         ({"missing": {"p1": "busy"}}, "missing last round: p1: busy"),
         ({"late": {"p2": 0.6}}, "late in the round before: p2: by 0.6 s"),
+        ({"missing": {"p1": "busy"}, "names": {"p1": "anna"}}, "missing last round: p1 anna: busy"),
+        ({"late": {"p2": 0.6}, "names": {"p2": "bert"}}, "late in the round before: p2 bert: by 0.6 s"),
+        ({"leaving": True, "leaving_after_round": 7}, "leaving after round 7"),
+        ({"leaving": True, "leaving_after_round": None}, "leaving as soon as it has joined"),
     ],
 )
-def test_why_says_what_became_of_ones_own_contribution(answer: dict[str, Any], said: str) -> None:
+def test_why_says_what_became_of_contributions_and_of_leaving(answer: dict[str, Any], said: str) -> None:
     base = {"phase": "training", "now": 0.0, "waits": [], "alone": False, "rounds_alone": 0, "missing": {}, "late": {}}
     assert said in why_text({**base, "counted": True, "sat_out": None, **answer})
+
+
+def test_why_names_those_who_were_heard_of(tmp_path: Path) -> None:
+    path, peer = tmp_path / "history.sqlite", PeerId("12D3KooWCHA12mx7eyUNJDQNmAoz4n2ds3sLWmpNzPhTgciM4uPR")
+    assert names_of(path, [peer]) == {}  # without telemetry
+    with closing(History.write(path)) as history:
+        beat = Heartbeat(round=Round(3), name="an\u202ena", started=0.0, sent_at=0.0)
+        history.hear([Signed(beat, peer, 0.0)], now=1.0)
+    assert names_of(path, [peer, "p2"]) == {peer: "anna"}
+
+
+@pytest.mark.parametrize(
+    ("size", "contributed", "says"), [(100, False, True), (100, True, False), (0, False, False), (0, True, False)]
+)
+def test_a_round_says_whether_ones_own_contribution_did_not_count(size: int, contributed: bool, says: bool) -> None:
+    event = {
+        **{"event": "swarm.round.applied", "round": 3, "loss": 2.0, "tokens": 10, "seconds": {"train": 1.0}},
+        **{"group": ["p1"], "missing": {}, "alone": False, "agree": True, "bytes_sent": 0, "bytes_received": 0},
+    }
+    line = event_line({**event, "contribution_bytes": size, "contributed": contributed})
+    assert ("your contribution did not count" in str(line)) == says
+
+
+def test_a_new_run_of_the_same_name_tells_how_to_go_on_with_the_old_one() -> None:
+    line = event_line({"event": "peer.run.new", "run": "n" * 52, "other": "o" * 52})
+    assert line and "a new run, nnnnnnnn:" in line and "to go on with oooooooo, undo" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["host", "x.toml", "--rounds", "0"], "--rounds"),
+        (["demo", "--stages", "nine"], "--stages"),
+        (["why", "--bogus"], "--bogus"),
+        (["join"], "invite"),
+    ],
+)
+def test_usage_errors_as_json_name_the_option(
+    arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *arguments, "--json") == 2
+    told = json.loads(capsys.readouterr().out)
+    assert named in told["error"] and (told["kind"], told["exit_code"]) == ("UsageError", 2)
+
+
+def test_an_interrupt_anywhere_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Home, "runs", interrupted)
+    assert run(monkeypatch, "status", "--home", str(tmp_path)) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_while_the_peer_is_loaded_says_that_nothing_is_lost(number: str) -> None:
+    code = "import os, signal, pathlib; from potluck.cli.session import _end_while_loading as end; "
+    code += f"end(pathlib.Path('/home/anna')); os.kill(os.getpid(), signal.{number}); import torch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.startswith("interrupted before it had joined: nothing is lost, /home/anna keeps what it has")
+
+
+def test_a_demo_writes_over_nothing_but_an_earlier_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert run(monkeypatch, "demo", "--fast", "--out", str(tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert f"--out {tmp_path}: 'thesis.tex'" in said and "choose a new or an empty folder" in said
+    out = tmp_path / "out"
+    check_out(out)
+    (out / "model").mkdir(parents=True)
+    with pytest.raises(UserError, match="'model' in it"):
+        check_out(out)
+    (out / "model" / "potluck-manifest.json").touch()
+    (out / "validator.ledger").touch()
+    check_out(out)
+    with pytest.raises(UserError, match=r"--out .*choose another folder"):
+        check_out(out / "validator.ledger")
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [3.0, 2.0, 1.0]])

@@ -22,6 +22,7 @@ from potluck.net.blobs import CHUNK_BYTES, BlobId, ChunkList
 from potluck.net.host import PeerId
 from potluck.net.identity import Identity
 from potluck.net.nat import NatKind
+from potluck.net.pace import Pace
 from potluck.net.rpc import Reply
 from potluck.peer import benchmark, checkup, hardware
 from potluck.peer.benchmark import Speed, SpeedCache
@@ -220,6 +221,10 @@ def test_what_was_not_measured_says_so_and_a_cap_of_our_own_is_named() -> None:
     assert "not measured" in one(found, "upload").seen and "nobody told" in one(found, "NAT").seen
     capped = network_findings(replace(NETWORK, upload=Upload(CHUNK_BYTES, 1.0, capped=True), loopback=True))
     assert "--upload-limit" in one(capped, "upload").seen and not [f for f in capped if f.name == "NAT"]
+    capped = network_findings(replace(NETWORK, download=Download(CHUNK_BYTES, 1.0, 1, capped=True)))
+    assert "--download-limit" in one(capped, "download").seen
+    capped = network_findings(replace(NETWORK, download=Download(0, 5.0, 1, capped=True)))
+    assert "--download-limit" in one(capped, "download").fix
 
 
 @pytest.mark.parametrize(("facts", "name", "status", "code", "fix"), NETWORKS)
@@ -498,6 +503,7 @@ class Served:
 
     def __init__(self, blobs: dict[str, bytes], lies: bool = False) -> None:
         self.blobs, self.lies, self.asked = blobs, lies, 0
+        self.download = Pace(None)
 
     async def call(self, peer: PeerId, method: str, head: dict[str, Any], **limits: Any) -> Reply:
         blob = self.blobs.get(head["id"])
@@ -556,8 +562,40 @@ def test_an_upload_that_is_too_slow_for_a_contribution_is_told(
     assert ("upload is too slow" in recommend(run, found, 24 * GB).why) == (status == "warn")
 
 
+@pytest.mark.parametrize(
+    ("cap", "line", "status", "says"),
+    [
+        (None, Line(None, 2e6, None, 0.0), "ok", "the line's download is 2.00 MB/s"),
+        (None, Line(None, 1e6, None, 0.0), "warn", "the line's download is 1.00 MB/s"),
+        (1e6, Line(None, 9e6, None, 0.0), "warn", "the download limit is 1.00 MB/s"),
+        (2e6, None, "ok", "the download limit is 2.00 MB/s"),
+    ],
+)
+def test_a_download_that_is_too_slow_for_a_rounds_contributions_is_told(
+    cap: float | None, line: Line | None, status: str, says: str
+) -> None:
+    run = replace(RUN, pull_bytes=3_000_000, pull_seconds=2.0, download_cap=cap)
+    found = run_findings(run, replace(FACTS, line=line))
+    downlink = one(found, "downlink")
+    assert (downlink.status, says in downlink.seen, "1.50 MB/s" in downlink.seen) == (status, True, True)
+    assert ("raise --download-limit" in downlink.fix) == (status == "warn" and cap is not None)
+    assert ("download is too slow" in recommend(run, found, 24 * GB).why) == (status == "warn")
+
+
+def test_a_round_brings_the_contributions_of_a_group_or_of_those_who_are_there() -> None:
+    def pulled(others: int | None, **changed: Any) -> float:
+        manifest = manifest_of(rounds__group_size=8, model__config__tie_word_embeddings=False, **changed)
+        run = weigh(Asked(NetworkFacts(), manifest, "stage.0", peers=others), manifest, FACTS, PeerSettings())
+        return run.pull_bytes / run.blob_bytes
+
+    assert [pulled(others) for others in (None, 100, 3, 0)] == [7, 7, 3, 0]
+    assert [pulled(others, rounds__exchange="sliced") for others in (100, 1)] == [2, 1]
+    assert pulled(6, model__stages=4) == 2
+
+
 def test_nothing_is_told_of_a_line_that_was_never_measured() -> None:
-    assert not [finding for finding in run_findings(UPLOADING, FACTS) if finding.name == "uplink"]
+    found = run_findings(replace(UPLOADING, pull_bytes=10**6), FACTS)
+    assert not [finding for finding in found if finding.name in ("uplink", "downlink")]
     assert line_findings(None) == []
     (told,) = line_findings(Line(1.5e6, None, "many", 0.0))
     assert "upload 1.5 MB/s, NAT: many; measured 1970" in told.seen

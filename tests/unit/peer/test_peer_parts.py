@@ -10,13 +10,14 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from potluck.dht.manifest import RunId, sign
+from potluck.dht.manifest import Manifest, RunId, sign
 from potluck.dht.records import Replica, Signed
 from potluck.dht.template import preset_draft
 from potluck.errors import ClockError, HardwareError, ManifestError, NetworkError, StateError, UserError
@@ -28,7 +29,7 @@ from potluck.peer import hardware
 from potluck.peer.control import ControlServer, ask
 from potluck.peer.events import EventLog, Twentieths
 from potluck.peer.home import Home
-from potluck.peer.worker import Peer
+from potluck.peer.worker import Peer, Run
 from potluck.swarm.layout import Layout
 from potluck.swarm.phases import Round
 from potluck.swarm.presence import Presence
@@ -281,8 +282,6 @@ class FakeDirectory:
         self.records, self.published = records, 0
 
     async def replicas(self, module: str, shard: int, timeout_seconds: float) -> Any:
-        from types import SimpleNamespace
-
         return SimpleNamespace(records=self.records)
 
     async def publish(self, record: Replica, expires_at: float, timeout_seconds: float) -> bool:
@@ -315,6 +314,46 @@ def test_of_two_processes_with_one_identity_the_newer_ends(
         presence.first_round = 10
         await presence.announce(state, 1, 0.0, 1.0)
         assert presence.taken.done() == ends and directory.published == 1
+
+    asyncio.run(go())
+
+
+def test_a_changed_manifest_is_a_new_run_and_the_old_one_is_named(tmp_path: Path) -> None:
+    async def go() -> None:
+        peer = Peer.open(tmp_path)
+        me = peer.identity.peer_id
+
+        def unsigned(name: str, **changed: Any) -> Manifest:
+            return preset_draft("demo", name, changed).finish(me, created=0.0, genesis=0.0)
+
+        signed = sign(unsigned("x"), peer.identity)
+        folder = peer.home.run(signed.run_id)
+        folder.save_manifest(signed)
+        changed = unsigned("x", **{"rounds.steps": 11})
+        assert peer._namesake(changed) is None  # it never came to train
+        (folder.checkpoints("stage.0") / "round-00000000").mkdir(parents=True)
+        assert peer._hosted(changed) is None and peer._namesake(changed) == signed.run_id
+        assert peer._namesake(unsigned("y")) is None
+
+    asyncio.run(go())
+
+
+def test_why_says_that_the_peer_leaves_once_it_was_asked_to(tmp_path: Path) -> None:
+    async def go() -> None:
+        peer = Peer.open(tmp_path)
+        run = Run(peer, peer.home.run(RunId("a" * 52)), None, None)
+        assert (await run.why())["leaving"] is False
+        replica: Any = SimpleNamespace(
+            finish=lambda: None, state=SimpleNamespace(round=Round(7)), last=None, rounds_alone=0
+        )
+        assert await run._leave() == {"leaving_after_round": None}
+        assert (await run.why())["leaving_after_round"] is None  # it has not joined
+        seat: Any = SimpleNamespace(replica=replica)
+        run.seat = seat
+        assert await run._leave() == {"leaving_after_round": 7}
+        answer = await run.why()
+        assert (answer["leaving"], answer["leaving_after_round"]) == (True, 7)
+        run.events.close()
 
     asyncio.run(go())
 

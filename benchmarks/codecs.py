@@ -85,7 +85,7 @@ def group_of(name: str, layout: Layout) -> Callable[[], Any]:
 
     def together() -> None:
         contributions = {peer: codec.decode(blob, layout) for peer, blob in group.items()}
-        aggregate(contributions, weights, layout, out=vectors.zeros())
+        aggregate(contributions, weights, layout, out=vectors.any())
 
     return together
 

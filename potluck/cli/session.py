@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,11 +97,17 @@ def _end_while_loading(home: Path) -> None:
     """Ctrl-C and SIGTERM until the session listens for them: nothing is open yet."""
 
     def end(number: int, frame: object) -> None:
-        print(_before_joining(home), file=sys.stderr, flush=True)
+        _say(_before_joining(home))
         os._exit(INTERRUPTED)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
+
+
+def _say(text: str) -> None:
+    """To whoever still listens: an end must not wait for that."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _before_joining(home: Path) -> str:
@@ -177,8 +184,8 @@ async def _session(
         if run is not None:
             run.stop()
         else:
-            print(_before_joining(home), file=sys.stderr, flush=True)
             me.cancel()
+            _say(_before_joining(home))
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -203,7 +210,7 @@ async def _session(
 
 def _force_exit_later() -> None:
     def force() -> None:
-        print("a step or a connection did not end in time: forced to stop", file=sys.stderr, flush=True)
+        _say("a step or a connection did not end in time: forced to stop")
         os._exit(INTERRUPTED)
 
     timer = threading.Timer(EXIT_SECONDS, force)

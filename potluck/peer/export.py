@@ -82,10 +82,11 @@ async def export_run(
             manifest = visitor.manifest
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        # First: what is interrupted is known for an export, too.
+        (directory / "potluck-manifest.json").write_bytes(manifest.to_json())
         module.save_pretrained(directory)  # type: ignore[operator]
         if manifest.data.tokenizer != "bytes":
             hub_tokenizer(manifest.data.tokenizer).save_pretrained(directory)
-        (directory / "potluck-manifest.json").write_bytes(manifest.to_json())
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
     parameters = sum(p.numel() for p in module.parameters())

@@ -111,8 +111,13 @@ class OverlappedReplica(GossipReplica):
         if self._stop.is_set():
             return
         await self._landed()
-        if self._stop.is_set() or self._state.round < window.round:
-            return  # what the round before came to was missed: it is replayed first
+        if self._stop.is_set():
+            return
+        if self._state.round < window.round:  # what the round before came to was missed: it is replayed first
+            if self._diverged:
+                self._diverged = False
+                await self._in_trainer(self._start_anew)
+            return
         landed = self._now()
         early = max(0.0, min(window.train_until, landed) - trained)
         seconds = {"evaluate": ready - self._turned, "train": trained - began, "idle": began - ready + early}

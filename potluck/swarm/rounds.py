@@ -210,8 +210,8 @@ class GossipReplica(Follower):
         return clock.window(self._state.round)
 
     async def _land(self, window: Window, mine: Mine) -> Landed | None:
-        """Commit, pull and apply a round: steps 2 to 7. None if told to stop, or past the pull deadline (a step took
-        longer than the whole exchange; the machine slept): the round is given up, or replayed when it is over."""
+        """Commit, pull and apply a round: steps 2 to 7. None if told to stop, or past the deadline (a step took longer
+        than the whole exchange; the machine slept): the round is given up, or replayed when it is over."""
         trained = self._now()
         await self._commit(mine, window)
         committed = self._now()
@@ -219,11 +219,14 @@ class GossipReplica(Follower):
             window.read_from, f"the commit deadline of round {window.round}", "the group's commits are read"
         )
         revealed = self._now()
-        if self._stop.is_set() or revealed >= window.pull_by:
+        if self._stop.is_set():
             return None  # pulled in haste, it would be applied alone
+        if revealed >= window.pull_by:
+            self._take_back(mine, window)
+            return None
         view = await self._pull(window, mine)
         pulled = self._now()
-        if self._stop.is_set():
+        if self._stop.is_set() or view is None:
             return None
         following = self.rules.clock.window(Round(window.round + 1))
         late, self._late = self._late, {}
@@ -426,13 +429,20 @@ class GossipReplica(Follower):
         else:
             residual += contribution.values
 
+    def _take_back(self, mine: Mine, window: Window) -> None:
+        """Nobody can have had what was committed: it was never served."""
+        if mine.published and mine.contribution is not None:
+            self._published.remove(window.round)
+            self._keep_unsent(mine.contribution, window.round)
+
     def _expiry(self, window: Window) -> float:
         return window.end + self.rules.retain * self.rules.clock.seconds
 
     # ---- 3 and 4: group and pull ----------------------------------------------------------------------------
 
-    async def _pull(self, window: Window, mine: Mine) -> View:
-        """Read the group's commits and fetch their blobs until the pull deadline; read once more for latecomers."""
+    async def _pull(self, window: Window, mine: Mine) -> View | None:
+        """Read the group's commits and fetch their blobs until the pull deadline; read once more for latecomers. None
+        where the machine slept over it: others can still have had ours."""
         view = View()
         if mine.published and mine.commit and mine.contribution is not None:
             view.commits[self.peer] = mine.commit
@@ -443,6 +453,9 @@ class GossipReplica(Follower):
             for _ in range(2):
                 if not await self._pull_once(window.round, window.pull_by, view):
                     break
+        slept = self._now() > window.pull_by + (window.pull_by - window.read_from) / 2
+        if slept and (view.missing or view.incomplete or view.commits.keys() <= {self.peer}):
+            return None
         if view.incomplete and not self._stop.is_set():
             following = self.rules.clock.window(Round(window.round + 1))
             late_by = following.start + LATE_SHARE * (following.train_until - following.start)

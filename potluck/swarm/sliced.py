@@ -217,8 +217,9 @@ class SlicedPuller(Puller):
             await self._raw(segments, one.commits, until, partial(self._aggregate, one, least), view)
 
     async def _fetch_late(self, peer: PeerId, commit: Commit, until: float) -> None:
-        """A chunk: nobody catches up by whole contributions, and it tells who is slow from who is gone."""
-        await self._chunks(peer, commit, [0], until, lambda index, data: None)
+        """The last chunk, mostly a short one: nobody catches up by whole contributions, and it tells who is slow from
+        who is gone."""
+        await self._chunks(peer, commit, [(commit.size - 1) // SEGMENT_BYTES], until, lambda index, data: None)
 
     def _missing(self, one: _Round) -> list[int]:
         return [segment for segment in range(len(self._ranges)) if segment not in one.pieces]

@@ -191,6 +191,22 @@ def test_a_stop_in_any_phase_is_clean_and_why_says_what_it_waited_for(phase: str
     run_party(body)
 
 
+def test_a_stop_ends_a_peer_that_nobody_listens_to() -> None:
+    with short_folder() as folder:
+        heard, said = os.pipe()
+        os.close(heard)
+        command = [sys.executable, "-m", "potluck", "host", str(write_manifest(folder)), "--home", str(folder / "h")]
+        command += ["--threads", "1", "--device", "cpu", "--loopback", "--json"]
+        host = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        os.close(said)
+        deadline = time.monotonic() + 60
+        while len(processes_of(folder)) < 2:  # itself and its daemon
+            assert time.monotonic() < deadline and host.poll() is None
+            time.sleep(0.05)
+        host.terminate()
+        assert host.wait(20) == 130
+
+
 def test_a_demo_that_is_stopped_leaves_nothing() -> None:
     with short_folder() as folder:
         command = [sys.executable, "-m", "potluck", "demo", "--fast", "--out", str(folder / "out")]

@@ -356,7 +356,7 @@ def test_who_was_frozen_comes_back_to_the_same_bits(rounds: int) -> None:
     simulate(body)
 
 
-@pytest.mark.parametrize(
+WAYS = pytest.mark.parametrize(
     ("replica", "codec", "sliced"),
     [
         (GossipReplica, "int8", False),
@@ -366,6 +366,9 @@ def test_who_was_frozen_comes_back_to_the_same_bits(rounds: int) -> None:
         (OverlappedReplica, "sparse", False),
     ],
 )
+
+
+@WAYS
 @pytest.mark.parametrize("late", [3.0, 6.0, 9.0, 12.0, 17.0, 24.0])
 def test_who_trains_beyond_a_rounds_end_loads_no_state(
     replica: type[GossipReplica], codec: str, sliced: bool, late: float
@@ -379,6 +382,39 @@ def test_who_trains_beyond_a_rounds_end_loads_no_state(
         assert all(len(swarm.digests(round_)) == 1 for round_ in range(11))
         assert all(peers[2] in swarm.applied(peers[0])[round_]["group"] for round_ in range(8, 11))
         assert all(swarm.applied(peers[2])[r]["group"] for r in swarm.applied(peers[2]))
+
+    simulate(body, codec=codec, replica=replica, rules=replace(RULES, sliced=sliced))
+
+
+@WAYS
+@pytest.mark.parametrize("asleep", [5.0, 12.0, 23.0])
+@pytest.mark.parametrize("served", [False, True])
+def test_who_sleeps_from_its_commit_on_loads_no_state(
+    replica: type[GossipReplica], codec: str, sliced: bool, asleep: float, served: bool
+) -> None:
+    """`served`: it falls asleep when the others have its contribution already."""
+
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(3)]
+        await swarm.until(41.0)
+        one, faults = swarm.replicas[peers[2]], swarm.world.of(peers[2])
+        what: Any = one._puller if served else one
+        name = "pull" if served else "_sleep_until"
+        awake = getattr(what, name)
+
+        async def sleep(*args: Any, **settings: Any) -> Any:
+            if served or "commit deadline" in args[1]:
+                setattr(what, name, awake)
+                faults.hides_from = set() if served else set(peers[:2])
+                await asyncio.sleep(asleep)
+                faults.hides_from = set()
+            return await awake(*args, **settings)
+
+        setattr(what, name, sleep)
+        await swarm.until(119.0)
+        assert "swarm.state.loaded" not in swarm.names(peers[2]), swarm.names(peers[2])
+        assert all(len(swarm.digests(round_)) == 1 for round_ in range(11))
+        assert all(peers[2] in swarm.applied(peers[0])[round_]["group"] for round_ in range(8, 11))
 
     simulate(body, codec=codec, replica=replica, rules=replace(RULES, sliced=sliced))
 

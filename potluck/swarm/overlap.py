@@ -114,9 +114,7 @@ class OverlappedReplica(GossipReplica):
         if self._stop.is_set():
             return
         if self._state.round < window.round:  # what the round before came to was missed: it is replayed first
-            if self._diverged:
-                self._diverged = False
-                await self._in_trainer(self._start_anew)
+            await self._in_trainer(self._forget_diverged)
             return
         landed = self._now()
         early = max(0.0, min(window.train_until, landed) - trained)
@@ -212,14 +210,20 @@ class OverlappedReplica(GossipReplica):
         return all_finite(delta)  # the next round's training begins with it
 
     def _on_diverged(self) -> None:
-        self._diverged = True  # the next round is in training: see `_turn`
+        self._diverged = True  # the next round is in training
+
+    def _forget_diverged(self) -> bool:
+        """What came of training that diverged, if it did since the last time."""
+        diverged, self._diverged = self._diverged, False
+        if diverged:
+            self._start_anew()
+        return diverged
 
     def _turn(self, mine: Mine, theta: Flat, round_: Round) -> tuple[Flat, float]:
         """(a guess of the next round's theta, where training begins; the loss at `theta`, which this round began
         with)."""
-        if self._diverged:
-            self._diverged, mine.delta = False, None
-            self._start_anew()
+        if self._forget_diverged():
+            mine.delta = None
         guess = theta if mine.delta is None else self._foresee(theta, mine.delta, round_)
         return guess, self._begin(theta, guess)
 

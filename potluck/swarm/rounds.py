@@ -221,9 +221,6 @@ class GossipReplica(Follower):
         revealed = self._now()
         if self._stop.is_set():
             return None  # pulled in haste, it would be applied alone
-        if revealed >= window.pull_by:
-            self._take_back(mine, window)
-            return None
         view = await self._pull(window, mine)
         pulled = self._now()
         if self._stop.is_set() or view is None:
@@ -429,12 +426,6 @@ class GossipReplica(Follower):
         else:
             residual += contribution.values
 
-    def _take_back(self, mine: Mine, window: Window) -> None:
-        """Nobody can have had what was committed: it was never served."""
-        if mine.published and mine.contribution is not None:
-            self._published.remove(window.round)
-            self._keep_unsent(mine.contribution, window.round)
-
     def _expiry(self, window: Window) -> float:
         return window.end + self.rules.retain * self.rules.clock.seconds
 
@@ -442,11 +433,15 @@ class GossipReplica(Follower):
 
     async def _pull(self, window: Window, mine: Mine) -> View | None:
         """Read the group's commits and fetch their blobs until the pull deadline; read once more for latecomers. None
-        where the machine slept over it: others can still have had ours."""
-        view = View()
-        if mine.published and mine.commit and mine.contribution is not None:
-            view.commits[self.peer] = mine.commit
-            view.contributions[self.peer] = mine.contribution
+        past the deadline, as where the machine slept."""
+        view, ours = View(), mine.contribution if mine.published else None
+        if self._now() >= window.pull_by:
+            if ours is not None:  # it was never served: nobody can have had it
+                self._published.remove(window.round)
+                self._keep_unsent(ours, window.round)
+            return None
+        if mine.commit and ours is not None:
+            view.commits[self.peer], view.contributions[self.peer] = mine.commit, ours
         with self._waits.waiting(
             f"the group's contributions of round {window.round}", window.pull_by, "what is missing is left out"
         ):
@@ -455,14 +450,14 @@ class GossipReplica(Follower):
                     break
         slept = self._now() > window.pull_by + (window.pull_by - window.read_from) / 2
         if slept and (view.missing or view.incomplete or view.commits.keys() <= {self.peer}):
-            return None
+            return None  # others can have had ours
         if view.incomplete and not self._stop.is_set():
             following = self.rules.clock.window(Round(window.round + 1))
             late_by = following.start + LATE_SHARE * (following.train_until - following.start)
             with self._waits.waiting(f"the rest of round {window.round}", late_by, "training goes on without it"):
                 await self._puller.complete(view, late_by)
-        if mine.published and mine.contribution is not None and self.peer not in view.commits:
-            self._keep_unsent(mine.contribution, window.round)  # the group is over-full, and the draw left us out
+        if ours is not None and self.peer not in view.commits:
+            self._keep_unsent(ours, window.round)  # the group is over-full, and the draw left us out
         return view
 
     # ---- telling --------------------------------------------------------------------------------------------

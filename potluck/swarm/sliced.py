@@ -66,7 +66,7 @@ WINDOW: Final = 4
 KEPT_ROUNDS: Final = 3
 #: Of an exchange's bytes, what checks may cost on the average.
 CHECK_SHARE: Final = 1 / 8
-#: A mean of values at a codec's bound may be beyond it by rounding: aggregates are clipped to a little less.
+#: A mean of values at a codec's bound may be beyond it by rounding: such aggregates are clipped to a little less.
 MOST: Final = np.float32(0.999 * MAX_MAGNITUDE)
 #: Rounds in which an aggregator gave what its own contribution is in, but not that, before it is trusted no more.
 MOST_UNPROVED: Final = 2

@@ -26,6 +26,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NewType
 
@@ -96,7 +97,7 @@ class ChunkList:
     digests: bytes
     chunk_size: int = CHUNK_BYTES
 
-    @property
+    @cached_property
     def blob_id(self) -> BlobId:
         header = _ID_HEADER.pack(self.size, self.chunk_size)
         return BlobId(blake3(_ID_PREFIX + header + self.digests).hexdigest())
@@ -170,7 +171,7 @@ class _Meta(msgspec.Struct):
 
 
 class BlobStore:
-    """Blobs in a directory, up to a quota; and blobs in memory that somebody lent (`add_memory`).
+    """Blobs in a directory, up to a quota; and in memory what somebody lent (`add_memory`), and chunks (`add_chunk`).
 
     `<id>.blob` beside `<id>.meta`; `<id>.part` (beside its meta too) is a fetch that has not ended. A blob's
     name appears only when all of it is there. Safe to use from several threads, by one process.
@@ -189,6 +190,8 @@ class BlobStore:
         self._partial: dict[BlobId, int] = {}  # sizes; oldest first
         self._receiving: set[BlobId] = set()
         self._memory: dict[BlobId, tuple[ChunkList, _Pieces]] = {}
+        #: Of blobs that are not here as a whole.
+        self._loose: dict[BlobId, tuple[ChunkList, dict[int, memoryview]]] = {}
         self._added: Counter[BlobId] = Counter()
         self._last_read: dict[BlobId, float] = {}
         self._maps: OrderedDict[BlobId, memoryview] = OrderedDict()
@@ -268,11 +271,14 @@ class BlobStore:
             return list(self._metas)
 
     def chunk_list(self, blob_id: BlobId) -> ChunkList:
+        """Also of a blob of which there are only some chunks. Raises BlobNotFound."""
         with self._lock:
             if blob_id in self._memory:
                 return self._memory[blob_id][0]
             if blob_id in self._metas:
                 return self._metas[blob_id].chunks
+            if blob_id in self._loose:
+                return self._loose[blob_id][0]
         raise BlobNotFound(f"blob {blob_id[:12]} is not here")
 
     def open(self, blob_id: BlobId) -> memoryview:
@@ -306,6 +312,8 @@ class BlobStore:
             if blob_id in self._memory:
                 self._last_read[blob_id] = self._clock()
                 return self._memory[blob_id][1].read(span)
+            if blob_id not in self._metas and index in (loose := self._loose.get(blob_id, (None, {}))[1]):
+                return loose[index]
             return self.open(blob_id)[span]
 
     def seconds_until_revealed(self, blob_id: BlobId) -> float:
@@ -462,6 +470,16 @@ class BlobStore:
                 del self._added[blob_id]
                 self._memory.pop(blob_id, None)
                 self._last_read.pop(blob_id, None)
+
+    def add_chunk(self, chunks: ChunkList, index: int, data: memoryview) -> None:
+        """Serve one chunk, verified, of a blob that is not here. It must not change until `drop_chunks`."""
+        with self._lock:
+            self._loose.setdefault(chunks.blob_id, (chunks, {}))[1][index] = data
+
+    def drop_chunks(self, blob_id: BlobId) -> None:
+        """Nothing happens if none are here."""
+        with self._lock:
+            self._loose.pop(blob_id, None)
 
     # --- fetches that have not ended
 

@@ -134,11 +134,12 @@ async def fetch_chunks(
     on_chunk: Callable[[int, memoryview], None],
     room: Callable[[int], memoryview],
     store: BlobStore,
+    keep: bool = False,
     window: int = 4,
 ) -> None:
     """Some chunks of a blob, asked for in the order of `indexes` (`window` requests at once), if it is not in `store`.
-    `on_chunk(index, data)` has each as soon as it was verified. `room(size)`: where one is received. Raises
-    BlobUnavailable or BlobError."""
+    `on_chunk(index, data)` has each as soon as it was verified. `room(size)`: where one is received. With `keep` the
+    store serves them, too, until its `drop_chunks`. Raises BlobUnavailable or BlobError."""
     if _is_here(store, ref):
         for index in indexes:
             on_chunk(index, store.chunk(ref.id, index))
@@ -147,7 +148,13 @@ async def fetch_chunks(
     try:
         if ref.size > CHUNK_BYTES:
             await job.learn_list()
-        await job.receive(indexes, lambda span: room(span.stop - span.start), on_chunk)
+
+        def came(index: int, data: memoryview) -> None:
+            if keep:
+                store.add_chunk(job.chunks or ChunkList.of([data]), index, data)
+            on_chunk(index, data)
+
+        await job.receive(indexes, lambda span: room(span.stop - span.start), came)
     finally:
         await job.cancel(list(job.requests))
 

@@ -69,9 +69,20 @@ class Exchange(Protocol):
         ...
 
     async def fetch_chunks(
-        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], timeout_seconds: float, on_chunk: OnChunk
+        self,
+        ref: BlobRef,
+        holder: PeerId,
+        indexes: Sequence[int],
+        timeout_seconds: float,
+        on_chunk: OnChunk,
+        keep: bool = False,
     ) -> None:
-        """Chunks `indexes` of a blob, each told as soon as it was verified. Raises BlobUnavailable or BlobError."""
+        """Chunks `indexes` of a blob, each told as soon as it was verified. `keep`: we serve them, too, until
+        `drop_chunks`. Raises BlobUnavailable or BlobError."""
+        ...
+
+    def drop_chunks(self, blob: str) -> None:
+        """Serve no chunks of a blob that is not ours any more."""
         ...
 
     def begin_slices(self, module: str, round_: Round, segments: Sequence[int], members: Collection[PeerId]) -> None:
@@ -196,7 +207,13 @@ class NetworkExchange:
         return blob
 
     async def fetch_chunks(
-        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], timeout_seconds: float, on_chunk: OnChunk
+        self,
+        ref: BlobRef,
+        holder: PeerId,
+        indexes: Sequence[int],
+        timeout_seconds: float,
+        on_chunk: OnChunk,
+        keep: bool = False,
     ) -> None:
         await fetch_chunks(
             self._rpc,
@@ -207,7 +224,11 @@ class NetworkExchange:
             on_chunk=on_chunk,
             room=self._room,
             store=self._store,
+            keep=keep,
         )
+
+    def drop_chunks(self, blob: str) -> None:
+        self._store.drop_chunks(BlobId(blob))
 
     def begin_slices(self, module: str, round_: Round, segments: Sequence[int], members: Collection[PeerId]) -> None:
         now = asyncio.get_running_loop().time()

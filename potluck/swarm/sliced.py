@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -68,8 +68,12 @@ KEPT_ROUNDS: Final = 3
 CHECK_SHARE: Final = 1 / 8
 #: A mean of values at a codec's bound may be beyond it by rounding: such aggregates are clipped to a little less.
 MOST: Final = np.float32(0.999 * MAX_MAGNITUDE)
-#: Rounds in which an aggregator gave what its own contribution is in, but not that, before it is trusted no more.
+#: Rounds in which an aggregator did not show what it says that it counted, before it is trusted no more.
 MOST_UNPROVED: Final = 2
+#: Rounds of which an aggregator shows what it counted: an accusation is heard in the round behind.
+SHOWN_ROUNDS: Final = 2
+#: Of the time for a check, how long members are asked for their own; then their segment's aggregator is.
+ASK_MEMBERS_SHARE: Final = 0.5
 
 #: What is done with a segment's contributions, once nobody's is waited for any more.
 Then = Callable[[int, Mapping[PeerId, Contribution]], Coroutine[Any, Any, object]]
@@ -126,6 +130,8 @@ class SlicedPuller(Puller):
         #: The last rounds in which it could not be checked what a peer aggregated, as it did not give its own.
         self._unproved = defaultdict[PeerId, set[Round]](set)
         self._past: deque[_Round] = deque(maxlen=KEPT_ROUNDS)
+        #: Rounds' blobs of which we show what we counted.
+        self._shown: deque[list[str]] = deque()
         #: The last round, if segments of it are missing.
         self._unfinished: _Round | None = None
         #: Until this round nobody is waited for after a deadline: it was in vain.
@@ -261,8 +267,12 @@ class SlicedPuller(Puller):
                 self._exchange.tell_slice(self._module, one.number, segment, told, data)
 
         self._exchange.begin_slices(self._module, one.number, mine, one.commits.keys())
+        self._shown.append([commit.blob for commit in one.commits.values()])
+        while len(self._shown) > SHOWN_ROUNDS:
+            for blob in self._shown.popleft():
+                self._exchange.drop_chunks(blob)
         try:
-            await self._raw(mine, one.commits, until, aggregate_and_tell, view)
+            await self._raw(mine, one.commits, until, aggregate_and_tell, view, keep=True)
         finally:
             self._exchange.end_slices(self._module, one.number)
             one.silent.update(view.missing.keys() & one.commits.keys())
@@ -275,9 +285,13 @@ class SlicedPuller(Puller):
         until: float,
         then: Then,
         view: View | None = None,
+        *,
+        keep: bool = False,
+        holder: PeerId | None = None,
     ) -> None:
-        """Pull members' own segments. `then` has each as soon as it came from all who give it in time; `view` hears
-        of those who do not. Of no segments: ask whether they answer at all."""
+        """Pull members' own segments, from themselves or from one `holder`; `keep`: to show them. `then` has each as
+        soon as it came from all who give it in time; `view` hears of those who do not. Of no segments: ask whether they
+        answer at all."""
         parts: dict[int, dict[PeerId, Contribution]] = {segment: {} for segment in segments}
         awaited = {segment: set(commits) for segment in segments}
 
@@ -300,7 +314,7 @@ class SlicedPuller(Puller):
                 settle(segment, peer)
 
             try:
-                await self._chunks(peer, commit, segments, until, came)
+                await self._chunks(holder or peer, commit, segments, until, came, keep=keep)
             except PotluckError as error:
                 failed(peer, error)
             for segment in segments:
@@ -352,9 +366,11 @@ class SlicedPuller(Puller):
         indexes: Sequence[int],
         until: float,
         on_chunk: Callable[[int, memoryview], None],
+        *,
+        keep: bool = False,
     ) -> None:
         ref, left = BlobRef(BlobId(commit.blob), commit.size), max(0.05, until - self._now())
-        await self._exchange.fetch_chunks(ref, peer, indexes, left, on_chunk)
+        await self._exchange.fetch_chunks(ref, peer, indexes, left, on_chunk, keep)
 
     def _decoded(self, data: bytes | memoryview, segment: int) -> Dense | Quantized:
         """`data`: of the segment, and what may lie behind it in its chunk."""
@@ -437,13 +453,25 @@ class SlicedPuller(Puller):
         return found
 
     async def _raw_of_told(self, one: _Round, segment: int, until: float, then: Then) -> None:
-        """Pull what is in a segment, as its aggregator says."""
-        members, _ = one.told[segment]
-        await self._raw([segment], {peer: one.commits[peer] for peer in sorted(members)}, until, then)
+        """Pull what is in a segment, as its aggregator says: from the members, and what they do not give from the
+        aggregator, which has to show what it counted."""
+        members, owner, found = one.told[segment][0], one.owners[segment], dict[PeerId, Contribution]()
+
+        async def add(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
+            found.update(parts)
+
+        async def ask(peers: Collection[PeerId], until: float, holder: PeerId | None = None) -> None:
+            commits = {peer: one.commits[peer] for peer in sorted(peers)}
+            await self._raw([segment], commits, until, add, holder=holder)
+
+        await ask(members, self._now() + ASK_MEMBERS_SHARE * (until - self._now()))
+        if hidden := members - found.keys():
+            await ask(hidden, until, owner)
+        await then(segment, found)
 
     async def _check(self, one: _Round, segment: int, raw: Mapping[PeerId, Contribution]) -> None:
-        """Whether a segment is what `raw` gives. If not, all that its aggregator said is dropped. So it is where the
-        aggregator says that its own contribution is in it, and does not give that, again and again."""
+        """Whether a segment is what `raw` gives. If not, all that its aggregator said is dropped. So it is where
+        something that the aggregator counted is shown by nobody, itself included, again and again."""
         (members, digest), owner = one.told[segment], one.owners[segment]
         if members <= raw.keys():
             right, _ = await self._in_thread(self._aggregated, one, segment, {peer: raw[peer] for peer in members})
@@ -451,7 +479,7 @@ class SlicedPuller(Puller):
                 self._unproved.pop(owner, None)
                 return
             event = "swarm.slices.lied"
-        elif owner in members - raw.keys():
+        elif 2 * len(raw) >= len(members):  # who hears nobody must accuse nobody
             self._unproved[owner].add(one.number)
             event = "swarm.slices.unproved"
         else:

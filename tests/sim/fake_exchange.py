@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -24,7 +24,7 @@ Told = tuple[Aggregated, bytes]
 class Faults:
     """What goes wrong for one peer. `hides_from`: peers that cannot fetch its blobs; `lie`: what it makes of the
     segments that it aggregates; `two_faced`: only to those who have not asked it for its own of that segment, which it
-    waits for; `mute`: it says nothing about them."""
+    waits for; `mute`: it says nothing about them. Without `shows` it gives nobody what it counted of others."""
 
     hides_from: set[PeerId] = field(default_factory=set)
     down: bool = False
@@ -35,6 +35,7 @@ class Faults:
     lie: Callable[[bytes], bytes] | None = None
     mute: bool = False
     two_faced: bool = False
+    shows: bool = True
     asked: set[tuple[PeerId, int]] = field(default_factory=set)
     latency_seconds: float = 0.01
 
@@ -49,6 +50,9 @@ class World:
     told: dict[tuple[str, int, PeerId, int], asyncio.Future[Told | None]] = field(default_factory=dict)
     received: Counter[PeerId] = field(default_factory=Counter)
     faults: dict[PeerId, Faults] = field(default_factory=dict)
+    #: Chunks of others' blobs, by who serves them.
+    shown: defaultdict[PeerId, dict[str, set[int]]] = field(default_factory=lambda: defaultdict(dict))
+    shown_to_others: int = 0
 
     def of(self, peer: PeerId) -> Faults:
         return self.faults.setdefault(peer, Faults())
@@ -115,16 +119,32 @@ class FakeExchange:
         return memoryview(blob)
 
     async def fetch_chunks(
-        self, ref: BlobRef, holder: PeerId, indexes: Sequence[int], timeout_seconds: float, on_chunk: OnChunk
+        self,
+        ref: BlobRef,
+        holder: PeerId,
+        indexes: Sequence[int],
+        timeout_seconds: float,
+        on_chunk: OnChunk,
+        keep: bool = False,
     ) -> None:
+        world = self.world
         if holder == self.peer:
-            blob = self.world.blobs[ref.id][holder][0]
+            blob = world.blobs[ref.id][holder][0]
+        elif indexes and world.of(holder).shows and world.shown[holder].get(ref.id, set()) >= set(indexes):
+            await asyncio.sleep(self.faults.latency_seconds)
+            blob = next(iter(world.blobs[ref.id].values()))[0]
+            world.shown_to_others += 1
         else:
             blob, _ = await self._get(ref, [holder], timeout_seconds)
             self.world.received[self.peer] += len(indexes)
+        if keep and holder != self.peer:
+            world.shown[self.peer].setdefault(ref.id, set()).update(indexes)
         self.world.of(holder).asked |= {(self.peer, index) for index in indexes}
         for index in indexes:
             on_chunk(index, memoryview(blob)[index * self.chunk_bytes : (index + 1) * self.chunk_bytes])
+
+    def drop_chunks(self, blob: str) -> None:
+        self.world.shown[self.peer].pop(blob, None)
 
     def _telling(self, peer: PeerId, module: str, round_: Round, segment: int) -> asyncio.Future[Told | None]:
         return self.world.told.setdefault((module, round_, peer, segment), asyncio.get_running_loop().create_future())

@@ -172,6 +172,45 @@ def test_who_hides_its_own_part_of_what_it_lied_about_is_found_all_the_same(monk
     simulate(body, rules=replace(RAW, sliced=True), codec="none")
 
 
+@pytest.mark.parametrize("shows", [True, False])
+def test_who_lies_and_counts_an_accomplice_that_hides_is_named_by_all(shows: bool) -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(5)]
+        liar, accomplice = peers[1], peers[3]
+        honest = [peer for peer in peers if peer not in (liar, accomplice)]
+        swarm.world.of(liar).lie = lambda blob: (-np.frombuffer(blob, dtype="<f4")).tobytes()
+        swarm.world.of(liar).shows = shows
+        swarm.world.of(accomplice).hides_from = set(honest)
+        await swarm.until(305.0)
+        for peer in honest:
+            distrusted = swarm.replicas[peer]._puller.distrusted  # type: ignore[attr-defined]
+            assert {liar} <= distrusted <= {liar, accomplice}
+        assert len({swarm.applied(peer)[29]["digest"] for peer in honest}) == 1
+
+    simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
+def test_who_counts_one_that_hides_from_all_others_shows_that_and_is_not_named() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(5)]
+        hiding = peers[3]
+        swarm.world.of(hiding).hides_from = set(peers) - {peers[1], hiding}
+        await swarm.until(205.0)
+        named = [
+            (event["event"], event["peer"])
+            for peer in peers
+            for event in swarm.events[peer]
+            if event["event"] in ("swarm.slices.lied", "swarm.slices.unproved") and event["peer"] != hiding
+        ]
+        assert not named
+        # It was shown in place of who hides; and nobody shows what is older than two rounds.
+        assert swarm.world.shown_to_others > 0
+        for peer in peers:
+            assert len(swarm.world.shown[peer]) <= sliced.SHOWN_ROUNDS * (len(peers) - 1)
+
+    simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
 @pytest.mark.parametrize("seconds", [0.75, 30.0])
 def test_two_who_are_late_or_silent_leave_the_others_with_one_state_and_nothing_raw(
     seconds: float, monkeypatch: pytest.MonkeyPatch
@@ -182,16 +221,14 @@ def test_two_who_are_late_or_silent_leave_the_others_with_one_state_and_nothing_
         peers = [swarm.start(number) for number in range(10)]
         late, fetch = set(peers[8:]), fake_exchange.FakeExchange.fetch_chunks
 
-        async def slowly(
-            self: Any, ref: Any, holder: PeerId, indexes: Any, timeout_seconds: float, on_chunk: Any
-        ) -> None:
+        async def slowly(self: Any, ref: Any, holder: PeerId, indexes: Any, timeout_seconds: float, *rest: Any) -> None:
             if holder in late and holder != self.peer:
                 wait = max(0.0, swarm.now() // 10 * 10 + 8.7 + seconds - swarm.now())  # from the commit deadline on
                 await asyncio.sleep(min(wait, timeout_seconds))
                 if wait > timeout_seconds:
                     raise BlobUnavailable("late")
                 timeout_seconds -= wait
-            await fetch(self, ref, holder, indexes, timeout_seconds, on_chunk)
+            await fetch(self, ref, holder, indexes, timeout_seconds, *rest)
 
         monkeypatch.setattr(fake_exchange.FakeExchange, "fetch_chunks", slowly)
         await swarm.until(35.0)

@@ -24,7 +24,7 @@ from potluck.net.blobs import (
     ChunkList,
     chunk_count,
 )
-from potluck.net.fetch import FetchReport, fetch
+from potluck.net.fetch import FetchReport, fetch, fetch_chunks
 from potluck.net.host import PeerId
 from potluck.net.rpc import Reply, Rpc
 
@@ -458,3 +458,45 @@ def test_memory_that_two_have_lent_stays_until_both_take_it_back(tmp_path: Path)
     store.drop_memory(chunks.blob_id)
     store.add_memory(chunks, [data])
     assert store.has(chunks.blob_id)
+
+
+@pytest.mark.parametrize("size", [1000, 3 * CHUNK_BYTES + 7])
+def test_chunks_that_were_kept_are_shown_to_others_who_check_them(short_dir: Path, size: int) -> None:
+    content = blob(size)
+
+    async def main() -> None:
+        async with network(short_dir) as net:
+            (owner, theirs), (between, kept), (asker, none) = [
+                await holder(net, name, *contents) for name, contents in [("a", [content]), ("b", []), ("c", [])]
+            ]
+            ref = BlobRef(theirs.ids()[0], size)
+
+            async def chunk(rpc: Rpc, store: BlobStore, of: Rpc, index: int, keep: bool = False) -> bytes:
+                found: dict[int, memoryview] = {}
+                await fetch_chunks(
+                    rpc,
+                    ref,
+                    of.peer_id,
+                    [index],
+                    timeout_seconds=0.5 if of is between else 20,
+                    on_chunk=found.__setitem__,
+                    room=lambda size: memoryview(bytearray(size)),
+                    store=store,
+                    keep=keep,
+                )
+                return bytes(found[index])
+
+            last = chunk_count(size) - 1
+            right = content[last * CHUNK_BYTES :]
+            assert await chunk(between, kept, owner, last, keep=True) == right
+            assert not kept.has(ref.id) and kept.used_bytes == 0
+            assert await chunk(asker, none, between, last) == right
+            if last:
+                with pytest.raises(BlobUnavailable):
+                    await chunk(asker, none, between, 0)
+            kept.drop_chunks(ref.id)
+            with pytest.raises(BlobUnavailable):
+                await chunk(asker, none, between, last)
+            kept.drop_chunks(ref.id)
+
+    asyncio.run(main())

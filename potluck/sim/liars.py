@@ -18,16 +18,20 @@ import torch
 
 from potluck.dht.records import Commit, Weights
 from potluck.dht.shards import shard_of
-from potluck.net.blobs import BlobId, BlobRef, ChunkList
+from potluck.net.blobs import BlobId, BlobNotFound, BlobRef, BlobService, BlobStore, ChunkList
+from potluck.net.host import PeerId
+from potluck.net.rpc import Reply, Rpc
 from potluck.net.wire import Buffer
 from potluck.sim.stand_in import MODULE
-from potluck.swarm.codecs import Codec
+from potluck.swarm.codecs import Codec, make_codec
+from potluck.swarm.codecs.segments import DenseCodec
 from potluck.swarm.contribution import Contribution, Sparse
 from potluck.swarm.exchange import NetworkExchange
 from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.local import LocalResult
 from potluck.swarm.phases import Round
 from potluck.swarm.rounds import Trainer
+from potluck.swarm.slices import Aggregated
 
 if TYPE_CHECKING:
     from potluck.sim.peer import SimPeer
@@ -140,6 +144,21 @@ class Liar:
         return self._codec.update_of(aggregated, layout)
 
 
+class LyingBlobService(BlobService):
+    """Serves the run's blobs. An accomplice shows those on its disk to nobody but who lies about segments."""
+
+    def __init__(self, peer: SimPeer, rpc: Rpc, store: BlobStore) -> None:
+        super().__init__(rpc, store)
+        self._peer = peer
+
+    async def _get(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
+        if self._peer.lie == "accomplice" and not self._store.is_lent(BlobId(head["id"])):
+            friends = {one.id for one in self._peer.world.peers if one.lie == "segments"}
+            if peer not in friends:
+                raise BlobNotFound("not for you")
+        return await super()._get(peer, head, body)
+
+
 class LyingExchange:
     """Publishes and serves what a liar says. Everything else goes to the real one."""
 
@@ -158,6 +177,21 @@ class LyingExchange:
         if self._peer.lie == "copy_commit":
             return await self._anothers(reveal_at) or await self._exchange.offer(buffers, reveal_at)
         return await self._exchange.offer(buffers, reveal_at)
+
+    def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: Buffer) -> None:
+        if self._peer.lie == "segments":
+            data = self._opposite(memoryview(data), segment)
+        if self._peer.lie != "accomplice":
+            self._exchange.tell_slice(module, round_, segment, told, data)
+
+    def _opposite(self, data: memoryview, segment: int) -> Buffer:
+        plan = self._peer.world.plan
+        codec = make_codec(plan.codec, plan.codec_parameters)
+        assert isinstance(codec, DenseCodec)
+        part = list(codec.parts(self._peer.world.layout.size))[segment]
+        values = np.empty(part.stop - part.start, dtype=np.float32)
+        codec.decode_segment(data, values.size).read(slice(0, values.size), values)
+        return codec.encode_segment(-values)
 
     async def _anothers(self, reveal_at: float) -> BlobRef | None:
         """What another member has committed to in this very round: it has the blob before anybody asks for it."""

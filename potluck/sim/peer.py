@@ -23,7 +23,7 @@ from potluck.incentives.judge import Effort
 from potluck.incentives.ledger import Ledger
 from potluck.incentives.steering import Steering
 from potluck.incentives.validator import Terms, Validator
-from potluck.net.blobs import BlobService, BlobStore
+from potluck.net.blobs import BlobStore
 from potluck.net.clock import RunClock
 from potluck.net.host import PeerId
 from potluck.net.hosts.memory import MemoryHost
@@ -32,7 +32,7 @@ from potluck.net.rpc import Rpc, RpcLimits
 from potluck.sim.blobs import MemoryBlobStore
 from potluck.sim.dht_model import ModelDirectory
 from potluck.sim.invariants import WatchedWaits
-from potluck.sim.liars import Liar, LyingExchange, LyingTrainer, lying_batches
+from potluck.sim.liars import Liar, LyingBlobService, LyingExchange, LyingTrainer, lying_batches
 from potluck.sim.loop import Compute
 from potluck.sim.network import Line
 from potluck.sim.plan import Lie
@@ -196,7 +196,7 @@ class SimPeer:
         kind = BlobStore if plan.checkpoints else MemoryBlobStore
         store = self.store = kind(world.root / str(self.number) / "blobs", QUOTA_BYTES, clock=clock.now)
         store.quota_bytes = 0 if self.disk_full else QUOTA_BYTES
-        BlobService(rpc, store)
+        LyingBlobService(self, rpc, store)
         clock.serve(rpc)
         known = [f"/ip4/10.0.0.1/tcp/4001/p2p/{peer}" for peer in bootstrap]
         await dial(host, [*known, *self._addresses])

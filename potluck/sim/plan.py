@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from potluck.dht.manifest import SLICED_CODECS
 from potluck.errors import PotluckError, UserError
+from potluck.swarm.aggregate import RULE_NAMES
 from potluck.swarm.codecs import make_codec
 
 Kind = Literal[
@@ -49,9 +50,13 @@ Lie = Literal[
     "copy_commit",  # commits to what another one committed to in the same round
     "copy_weights",  # a validator that publishes what another one published
     "collude",  # a validator that gives all its weight to two friends
+    "segments",  # of what it aggregates for the others of a sliced round, the opposite
+    "accomplice",  # shows its contribution to who lies about segments only, and aggregates nothing
 ]
 #: Lies of a codec's making, about what was trained.
 CONTENT_LIES = ("scale", "sign", "random", "copy", "perturb", "replay")
+#: Lies that only sliced rounds have room for.
+SEGMENT_LIES = ("segments", "accomplice")
 
 
 class _Part(BaseModel):
@@ -136,6 +141,9 @@ class Plan(BaseModel):
     overlap: bool = Field(default=False, description="the next round is trained while this one is exchanged")
     stream: int = Field(default=1, ge=1, description="parts of the tensors, exchanged one after another")
     sliced: bool = Field(default=False, description="members aggregate for each other, with none, int8 or int4")
+    rule: str = Field(default="mean", description=f"how a group aggregates: {', '.join(RULE_NAMES)}")
+    liars: float = Field(default=0.25, ge=0, lt=0.5, description="the share of a group that a robust rule stands")
+    clip: bool = Field(default=True, description="clip each contribution to the group's median norm, per tensor")
     codec: str = Field(default="int8", description="of contributions: none, int8 or sparse")
     codec_parameters: dict[str, float] = Field(default_factory=dict, description="as in a run's manifest")
     model: Literal["quadratic", "llama"] = Field(
@@ -173,6 +181,11 @@ class Plan(BaseModel):
             raise ValueError(f"sliced is allowed with codec {', '.join(SLICED_CODECS)}, without validators or stream")
         if self.sliced and any(fault.kind == "lie" and fault.lie in CONTENT_LIES for fault in self.fault):
             raise ValueError("sliced: lies about what was trained are simulated with whole contributions only")
+        if not self.sliced and any(fault.kind == "lie" and fault.lie in SEGMENT_LIES for fault in self.fault):
+            raise ValueError(f"lies {' and '.join(SEGMENT_LIES)} need sliced = true")
+        if self.rule not in RULE_NAMES or (self.rule != "mean" and self.validators):
+            allowed = "mean, with validators" if self.validators else ", ".join(RULE_NAMES)
+            raise ValueError(f"rule is {self.rule!r}, allowed are {allowed}")
         if self.validators >= self.peers:
             raise ValueError(f"validators is {self.validators}, allowed less than peers ({self.peers})")
         most = self.peers + sum(fault.count or 0 for fault in self.fault if fault.kind == "join")

@@ -40,6 +40,8 @@ class Report:
     scores: list[dict[str, Any]] = field(default_factory=list)
     #: Numbers of peers that lied.
     liars: list[int] = field(default_factory=list)
+    #: Of peers that others found lying about segments, by number: who did.
+    named: dict[int, set[int]] = field(default_factory=dict)
     #: Most rounds that any peer which no fault struck did not apply, and did not contribute to.
     survivors_missed: int = 0
     survivors_sat_out: int = 0
@@ -95,6 +97,7 @@ def figures(report: Report) -> dict[str, Any]:
         "cpu_seconds": report.cpu_seconds,
         "peak_memory_mb": report.peak_memory_mb,
         "credit": credit(report),
+        "named": {peer: len(by) for peer, by in sorted(report.named.items())},
         "interrupted": report.interrupted,
         "notes": report.notes,
         "replay": report.replay,

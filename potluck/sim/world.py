@@ -92,7 +92,9 @@ class World:
             retain=plan.retain,
             fragments=plan.fragments,
             sync_limit=plan.sync_limit,
-            clip=True,
+            clip=plan.clip,
+            rule=plan.rule,
+            liars=plan.liars,
             sliced=plan.sliced,
             stream=plan.stream,
         )
@@ -158,6 +160,9 @@ class World:
         self.report.events += 1
         self.watch.event(peer.id, name, fields)
         match name:
+            case "swarm.slices.lied":
+                (liar,) = (one.number for one in self.peers if one.id == fields["peer"])
+                self.report.named.setdefault(liar, set()).add(peer.number)
             case "swarm.round.applied":
                 self._check_memory(peer)
                 self._applied[fields["round"]].append(fields)

@@ -34,7 +34,7 @@ def layer_ranges(layers: int, stages: int) -> tuple[range, ...]:
     """Contiguous and balanced to one layer. What is left over goes to the middle stages, then to the first: the first
     also has the embedding, and the last the head and the loss, which cost more."""
     if not 1 <= stages <= layers:
-        raise ManifestError(f"model.stages is {stages}, allowed are 1 to the number of layers ({layers})")
+        raise ManifestError(f"model.stages is {stages}, allowed are 1 to the number of layers, which is {layers}")
     base, extra = divmod(layers, stages)
     favoured = [*range(1, stages - 1), 0][:extra]
     bounds = accumulate((base + (k in favoured) for k in range(stages)), initial=0)

@@ -22,6 +22,7 @@ from potluck.sim.peer import identity_of
 from potluck.sim.plan import Plan, random_plan
 from potluck.sim.report import Report, write
 from potluck.sim.world import simulate
+from potluck.swarm import sliced
 from potluck.swarm.rounds import GossipReplica
 
 PLANS = sorted((Path(__file__).parents[2] / "docs" / "plans").glob("*.toml"))
@@ -154,6 +155,27 @@ def test_one_liar_among_seven_neither_stops_nor_steers_the_run(lie: str) -> None
     assert report.survivors_missed == 0
     # One in seven who pulls the other way costs at most two sevenths of the way.
     assert report.loss_end < honest.loss_start - 0.6 * (honest.loss_start - honest.loss_end)
+
+
+def test_who_lies_about_segments_is_named_by_all_though_an_accomplice_hides_what_it_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sliced, "CHECK_SHARE", 1.0)
+    plan = small(peers=5, rounds=8, parameters=1_300_000, codec="none", dht="model", sliced=True, checkpoints=False)
+    report = run(plan.lie(peer=1, round=0, lie="segments").lie(peer=3, round=0, lie="accomplice"))
+    assert report.named.keys() == {1} and report.named[1] >= {0, 2, 4}
+
+
+def test_a_robust_rule_stands_what_an_unclipped_mean_does_not() -> None:
+    def ends(rule: str, liars: int) -> float:
+        plan = small(peers=8, rounds=8, clip=False, rule=rule)
+        for peer in range(3, 3 + liars):
+            plan.lie(peer=peer, round=0, lie="scale")
+        return run(plan).loss_end
+
+    honest = ends("mean", 0)
+    assert ends("mean", 2) > 100 * honest
+    assert ends("median", 2) < 1.1 * honest
 
 
 def test_real_training_runs_in_it_too() -> None:

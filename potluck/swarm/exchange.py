@@ -103,6 +103,16 @@ class Exchange(Protocol):
         """A segment of `size` bytes that another aggregates, as soon as it has. Raises NetworkError, ProtocolError."""
         ...
 
+    def hear_slices(self, module: str, round_: Round, digests: Sequence[bytes]) -> None:
+        """Tell whoever asks what was told to us: a digest for each segment, or NOT_HEARD."""
+        ...
+
+    async def heard_slices(
+        self, peer: PeerId, module: str, round_: Round, segments: int, timeout_seconds: float
+    ) -> list[bytes]:
+        """What was told to another. Raises NetworkError, ProtocolError."""
+        ...
+
     async def fetch_state(
         self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float
     ) -> tuple[memoryview, dict[PeerId, int]]:
@@ -248,6 +258,14 @@ class NetworkExchange:
     ) -> tuple[Aggregated, memoryview]:
         into = self._room(size)
         return await self._board.ask(peer, module, round_, segment, into, timeout_seconds), into
+
+    def hear_slices(self, module: str, round_: Round, digests: Sequence[bytes]) -> None:
+        self._board.hear(module, round_, digests)
+
+    async def heard_slices(
+        self, peer: PeerId, module: str, round_: Round, segments: int, timeout_seconds: float
+    ) -> list[bytes]:
+        return await self._board.ask_heard(peer, module, round_, segments, timeout_seconds)
 
     @property
     def _board(self) -> SliceBoard:

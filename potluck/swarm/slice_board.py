@@ -1,4 +1,5 @@
-"""`slices.get`: a segment that this peer aggregates in a round, for those who ask; they wait until it is there."""
+"""What a peer says of a sliced round: `slices.get`, a segment that it aggregates, for which those who ask wait until it
+is there; `slices.heard`, digests of what others told it, by which who was told something else finds out."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Final, NamedTuple
 import msgspec
 
 from potluck.errors import NetworkError, ProtocolError
+from potluck.net.blobs import DIGEST_BYTES
 from potluck.net.host import PeerId
 from potluck.net.ranges import asked_range, call_by_ranges
 from potluck.net.rpc import Reply, Rpc
@@ -17,6 +19,9 @@ from potluck.net.wire import Buffer
 from potluck.swarm.slices import Aggregated, parse_aggregated
 
 METHOD: Final = "slices.get"
+HEARD_METHOD: Final = "slices.heard"
+#: Of a segment that was not told.
+NOT_HEARD: Final = bytes(DIGEST_BYTES)
 #: Rounds of all modules that are remembered.
 MOST_KEPT: Final = 256
 #: Requests that may wait here, of a peer and in all: far below what RPC allows, so that it stays free for others.
@@ -36,6 +41,11 @@ class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     segment: int
     start: Annotated[int, msgspec.Meta(ge=0)]
     size: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _AskedHeard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    module: str
+    round: int
 
 
 class _Told(NamedTuple):
@@ -60,7 +70,9 @@ class SliceBoard:
         #: By module.
         self._newest: dict[str, _Newest] = {}
         self._waiting: Counter[PeerId] = Counter()
+        self._heard: OrderedDict[Key, bytes] = OrderedDict()
         rpc.register(METHOD, self._answer, max_request_bytes=0)
+        rpc.register(HEARD_METHOD, self._answer_heard, max_request_bytes=0)
 
     def begin(self, module: str, round_: int, segments: Sequence[int], members: Collection[PeerId]) -> None:
         """Members who ask for these segments are to wait, and for the next round's until that begins."""
@@ -87,8 +99,29 @@ class SliceBoard:
     def forget(self, module: str, round_: int) -> None:
         self.end(module, round_)
         self._rounds.pop((module, round_), None)
+        self._heard.pop((module, round_), None)
         if module in self._newest and not any(key[0] == module for key in self._rounds):
             self._newest.pop(module).over.set_result(None)
+
+    def hear(self, module: str, round_: int, digests: Sequence[bytes]) -> None:
+        """What others told us: a digest for each segment, or NOT_HEARD."""
+        self._heard[module, round_] = b"".join(digests)
+        while len(self._heard) > MOST_KEPT:
+            self._heard.popitem(last=False)
+
+    async def ask_heard(
+        self, peer: PeerId, module: str, round_: int, segments: int, timeout_seconds: float
+    ) -> list[bytes]:
+        """What others told `peer`: of each of `segments` a digest, or NOT_HEARD. Raises NetworkError, ProtocolError."""
+        head = {"module": module, "round": round_}
+        size = segments * DIGEST_BYTES
+        reply = await self._rpc.call(
+            peer, HEARD_METHOD, head, timeout_seconds=timeout_seconds, max_response_bytes=size, lane="bulk"
+        )
+        if len(reply.body) != size:
+            raise ProtocolError(f"{HEARD_METHOD}: {len(reply.body)} bytes for {segments} segments")
+        body = bytes(reply.body)
+        return [body[start : start + DIGEST_BYTES] for start in range(0, size, DIGEST_BYTES)]
 
     async def ask(
         self, peer: PeerId, module: str, round_: int, segment: int, into: memoryview, timeout_seconds: float
@@ -120,6 +153,15 @@ class SliceBoard:
             if not self._waiting[peer]:
                 del self._waiting[peer]
         return self._reply(told, head)
+
+    async def _answer_heard(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
+        try:
+            asked = msgspec.convert(head, _AskedHeard)
+        except msgspec.ValidationError as error:
+            raise ProtocolError(f"{HEARD_METHOD}: {error}") from None
+        if (heard := self._heard.get((asked.module, asked.round))) is None:
+            raise NothingTold(f"nothing of {asked.module} was told here in round {asked.round}")
+        return Reply(body=heard)
 
     def _of(self, module: str, round_: int, segment: int) -> asyncio.Future[_Told] | None:
         return self._rounds.get((module, round_), {}).get(segment)

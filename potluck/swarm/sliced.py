@@ -28,6 +28,7 @@ from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.host import PeerId
 from potluck.net.wire import Buffer
 from potluck.swarm.aggregate import aggregate, token_weights
+from potluck.swarm.agreement import Claim, agreement
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE
 from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
 from potluck.swarm.contribution import Contribution, Dense, Quantized
@@ -35,7 +36,7 @@ from potluck.swarm.ownership import MARK_BYTES, owned_by
 from potluck.swarm.phases import Round
 from potluck.swarm.pull import Puller, View
 from potluck.swarm.recycled import Recycled
-from potluck.swarm.slice_board import NothingTold
+from potluck.swarm.slice_board import NOT_HEARD, NothingTold
 from potluck.swarm.slices import (
     MAX_ACCUSED,
     Accusation,
@@ -178,13 +179,19 @@ class SlicedPuller(Puller):
         patient = not late and round_ >= self._patient_from
         least = one.majority if patient else 1
         await self._fill_raw(one, self._missing(one), began + FALLBACK_SHARE * left, view, least)
-        not_to_be_had = self._missing(one)
+        not_to_be_had, before = self._missing(one), set(self.distrusted)
         # Behind what the update needs: whoever accuses must not keep others from that.
         await self._look_into_one(one, pull_by)
+        if not late:
+            await self._compare_the_last(one, pull_by)
+        for liar in self.distrusted - before:
+            self._drop(one, liar)
         dropped = [segment for segment in self._missing(one) if segment not in not_to_be_had]
         await self._fill_raw(one, dropped, pull_by, view, least)
         self._conclude(one, view)
         self._past.append(replace(one, pieces={}))
+        heard = [one.told[segment][1] if segment in one.told else NOT_HEARD for segment in range(len(self._ranges))]
+        self._exchange.hear_slices(self._module, one.number, heard)
         self._unfinished = one if patient and view.incomplete else None
         return True
 
@@ -489,8 +496,11 @@ class SlicedPuller(Puller):
             self._accusations.append(accusation)  # others ask it, too
         if event == "swarm.slices.lied" or len(self._unproved[owner]) >= MOST_UNPROVED:
             self.distrusted.add(owner)
-            for segment in one.of(owner):
-                one.pieces.pop(segment, None)
+            self._drop(one, owner)
+
+    def _drop(self, one: _Round, liar: PeerId) -> None:
+        for segment in one.of(liar):
+            one.pieces.pop(segment, None)
 
     async def _look_into_one(self, now: _Round, until: float) -> None:
         """One accusation of one of those who accuse, drawn: who cries most is not heard most, and what it costs is
@@ -510,6 +520,32 @@ class SlicedPuller(Puller):
             await self._check(one, segment, raw)
 
         await self._raw_of_told(one, accusation.segment, until, check)
+
+    async def _compare_the_last(self, now: _Round, until: float) -> None:
+        """Who began this round with another state than most may have been told other segments than they were. One of
+        them says what it was told, and a segment that differs is computed here."""
+        agreed = agreement(Claim(peer, commit.digest, commit.history) for peer, commit in now.commits.items())
+        last = next((one for one in self._past if one.number + 1 == now.number), None)
+        if last is None or agreed is None or self._peer not in now.commits:
+            return
+        others = [peer for peer in agreed.holders if peer in last.commits]
+        if not others or now.commits[self._peer].digest == agreed.digest:
+            return
+        asked = others[self._draw(len(others))]
+        try:
+            left = max(0.05, until - self._now())
+            heard = await self._exchange.heard_slices(asked, self._module, last.number, len(self._ranges), left)
+        except PotluckError:
+            return  # another one next time
+        unchecked = self.distrusted | {asked}
+        differ = [
+            segment
+            for segment, (_, digest) in sorted(last.told.items())
+            if heard[segment] not in (NOT_HEARD, digest) and last.owners[segment] not in unchecked
+        ]
+        if differ:
+            segment = differ[self._draw(len(differ))]
+            await self._raw_of_told(last, segment, until, partial(self._check, last))
 
     def _round_of(self, accusation: Accusation, now: _Round) -> _Round | None:
         """That of an accusation worth looking into."""

@@ -24,7 +24,8 @@ Told = tuple[Aggregated, bytes]
 class Faults:
     """What goes wrong for one peer. `hides_from`: peers that cannot fetch its blobs; `lie`: what it makes of the
     segments that it aggregates; `two_faced`: only to those who have not asked it for its own of that segment, which it
-    waits for; `mute`: it says nothing about them. Without `shows` it gives nobody what it counted of others."""
+    waits for; `victims`: only to these; `mute`: it says nothing about them. Without `shows` it gives nobody what it
+    counted of others."""
 
     hides_from: set[PeerId] = field(default_factory=set)
     down: bool = False
@@ -36,6 +37,7 @@ class Faults:
     mute: bool = False
     two_faced: bool = False
     shows: bool = True
+    victims: set[PeerId] = field(default_factory=set)
     asked: set[tuple[PeerId, int]] = field(default_factory=set)
     latency_seconds: float = 0.01
 
@@ -53,6 +55,8 @@ class World:
     #: Chunks of others' blobs, by who serves them.
     shown: defaultdict[PeerId, dict[str, set[int]]] = field(default_factory=lambda: defaultdict(dict))
     shown_to_others: int = 0
+    #: What was told to each, by module, round and peer.
+    heard: dict[tuple[str, int, PeerId], list[bytes]] = field(default_factory=dict)
 
     def of(self, peer: PeerId) -> Faults:
         return self.faults.setdefault(peer, Faults())
@@ -157,7 +161,8 @@ class FakeExchange:
 
     def tell_slice(self, module: str, round_: Round, segment: int, told: Aggregated, data: Buffer) -> None:
         if not self.faults.mute:
-            served = self.faults.lie(data) if self.faults.lie and not self.faults.two_faced else data
+            to_all = not self.faults.two_faced and not self.faults.victims
+            served = self.faults.lie(data) if self.faults.lie and to_all else data
             self._telling(self.peer, module, round_, segment).set_result((told, served))
 
     def end_slices(self, module: str, round_: Round) -> None:
@@ -183,7 +188,18 @@ class FakeExchange:
         if theirs.two_faced and theirs.lie:
             await asyncio.sleep(0.2)
             data = data if (self.peer, segment) in theirs.asked else theirs.lie(data)
+        if theirs.lie and self.peer in theirs.victims:
+            data = theirs.lie(data)
         return told[0], memoryview(data)
+
+    def hear_slices(self, module: str, round_: Round, digests: Sequence[bytes]) -> None:
+        self.world.heard[module, round_, self.peer] = list(digests)
+
+    async def heard_slices(
+        self, peer: PeerId, module: str, round_: Round, segments: int, timeout_seconds: float
+    ) -> list[bytes]:
+        await asyncio.sleep(self.faults.latency_seconds)
+        return self.world.heard[module, round_, peer]
 
     async def fetch_state(
         self, ref: BlobRef, holders: Sequence[PeerId], max_bytes: int, timeout_seconds: float

@@ -190,6 +190,28 @@ def test_who_lies_and_counts_an_accomplice_that_hides_is_named_by_all(shows: boo
     simulate(body, rules=replace(RAW, sliced=True), codec="none")
 
 
+def test_who_lies_to_one_only_is_named_by_that_one_as_soon_as_its_state_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sliced, "CHECK_SHARE", 1e-9)
+
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(5)]
+        liar, victim = peers[1], peers[3]
+        await swarm.until(29.0)
+        swarm.world.of(liar).lie = lambda blob: (-np.frombuffer(blob, dtype="<f4")).tobytes()
+        swarm.world.of(liar).victims = {victim}
+        await swarm.until(105.0)
+        (named,) = [event for event in swarm.events[victim] if event["event"] == "swarm.slices.lied"]
+        lied = min(round_ for round_ in range(10) if len(swarm.digests(round_)) > 1)
+        assert (named["peer"], named["round"]) == (liar, lied) and named["at"] < (lied + 2) * 10
+        assert all(len(swarm.digests(round_)) == 1 for round_ in range(lied + 1, 10))
+        loaded = [event for event in swarm.events[victim] if event["event"] == "swarm.state.loaded"]
+        assert len(loaded) == 1
+
+    simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
 def test_who_counts_one_that_hides_from_all_others_shows_that_and_is_not_named() -> None:
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(number) for number in range(5)]

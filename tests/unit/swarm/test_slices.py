@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potluck.errors import ProtocolError, RpcRemoteError, RpcTimeout
+from potluck.errors import NetworkError, ProtocolError, RpcRemoteError, RpcTimeout
 from potluck.net.host import PeerId
 from potluck.swarm.phases import Round
-from potluck.swarm.slice_board import MOST_WAITING_OF_PEER, SliceBoard
+from potluck.swarm.slice_board import MOST_KEPT, MOST_WAITING_OF_PEER, NOT_HEARD, SliceBoard
 from potluck.swarm.slices import (
     Accusation,
     Aggregated,
@@ -190,5 +190,36 @@ def test_who_asks_early_has_a_segment_as_soon_as_it_is_there(tmp_path: Path, cap
                     await one
             with pytest.raises(RpcRemoteError, match="NothingTold"):
                 await ask(5, 0)
+
+    asyncio.run(main())
+
+
+def test_what_was_told_is_heard_by_who_asks_until_it_is_forgotten(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with network(tmp_path) as net:
+            rpcs = [await net.rpc("ours"), await net.rpc("theirs")]
+            board, other = (SliceBoard(rpc) for rpc in rpcs)
+
+            async def ask(round_: int, segments: int) -> list[bytes]:
+                return await board.ask_heard(rpcs[1].peer_id, "m", round_, segments, 5.0)
+
+            digests = [b"\x01" * 32, NOT_HEARD, b"\x02" * 32]
+            other.begin("m", 3, [0], [rpcs[0].peer_id])
+            with pytest.raises(RpcRemoteError, match="NothingTold"):
+                await ask(3, 3)
+            other.hear("m", 3, digests)
+            assert await ask(3, 3) == digests
+            with pytest.raises(ProtocolError, match="96 bytes for 4 segments"):
+                await ask(3, 4)
+            with pytest.raises(NetworkError):  # more than was asked for
+                await ask(3, 2)
+            with pytest.raises(RpcRemoteError, match="ProtocolError"):
+                await rpcs[0].call(rpcs[1].peer_id, "slices.heard", {"module": 1, "round": "x"}, timeout_seconds=5.0)
+            other.forget("m", 3)
+            with pytest.raises(RpcRemoteError, match="NothingTold"):
+                await ask(3, 3)
+            for round_ in range(MOST_KEPT + 5):
+                other.hear("m", round_, digests)
+            assert len(other._heard) == MOST_KEPT
 
     asyncio.run(main())

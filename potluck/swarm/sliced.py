@@ -128,11 +128,12 @@ class SlicedPuller(Puller):
         self.distrusted: set[PeerId] = set()
         self._accusations: deque[Accusation] = deque(maxlen=MAX_ACCUSED)
         self._looked_into: deque[Accusation] = deque(maxlen=64)
-        #: The last rounds in which it could not be checked what a peer aggregated, as it did not give its own.
+        #: The last rounds in which it could not be checked what a peer aggregated, as it did not show what it counted.
         self._unproved = defaultdict[PeerId, set[Round]](set)
         self._past: deque[_Round] = deque(maxlen=KEPT_ROUNDS)
-        #: Rounds' blobs of which we show what we counted.
+        #: Rounds' blobs of which we show what we counted, and the first round of which others still have to.
         self._shown: deque[list[str]] = deque()
+        self._shown_from = Round(0)
         #: The last round, if segments of it are missing.
         self._unfinished: _Round | None = None
         #: Until this round nobody is waited for after a deadline: it was in vain.
@@ -155,6 +156,7 @@ class SlicedPuller(Puller):
         """As `Puller.pull`, but once: a commit that is seen later is not counted here."""
         if view.update is not None:
             return False
+        self._shown_from = Round(round_ + 1 - SHOWN_ROUNDS)
         await self._read(round_, shard, pull_by, view, session)
         view.contributions.clear()
         began, left = self._now(), pull_by - self._now()
@@ -477,8 +479,8 @@ class SlicedPuller(Puller):
         await then(segment, found)
 
     async def _check(self, one: _Round, segment: int, raw: Mapping[PeerId, Contribution]) -> None:
-        """Whether a segment is what `raw` gives. If not, all that its aggregator said is dropped. So it is where
-        something that the aggregator counted is shown by nobody, itself included, again and again."""
+        """Whether a segment is what `raw` gives. If not, all that its aggregator said is dropped. So it is where nobody
+        shows something that the aggregator counted, itself included, again and again while it has to."""
         (members, digest), owner = one.told[segment], one.owners[segment]
         if members <= raw.keys():
             right, _ = await self._in_thread(self._aggregated, one, segment, {peer: raw[peer] for peer in members})
@@ -486,7 +488,7 @@ class SlicedPuller(Puller):
                 self._unproved.pop(owner, None)
                 return
             event = "swarm.slices.lied"
-        elif 2 * len(raw) >= len(members):  # who hears nobody must accuse nobody
+        elif one.number >= self._shown_from and 2 * len(raw) >= len(members):  # who hears nobody must accuse nobody
             self._unproved[owner].add(one.number)
             event = "swarm.slices.unproved"
         else:

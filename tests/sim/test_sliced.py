@@ -309,6 +309,22 @@ def test_an_honest_one_is_never_named_and_a_false_accusation_harms_nobody() -> N
     simulate(body, rules=replace(RULES, sliced=True), codec="int8")
 
 
+def test_who_is_accused_of_what_it_does_not_have_to_show_any_more_is_not_blamed_for_that() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(5)]
+        accused, hiding, accuser = peers[1], peers[3], peers[4]
+        swarm.world.of(hiding).hides_from = set(peers) - {accused, hiding}
+        puller: Any = swarm.replicas[accuser]._puller
+        for round_ in range(2, 15):
+            await swarm.until(10.0 * round_ + 5.0)
+            (old,) = [one for one in puller._past if one.number == round_ - 2]
+            puller._accusations.extend(Accusation(accused, old.number, segment) for segment in old.of(accused)[:1])
+        for peer in peers[:3]:
+            assert accused not in swarm.replicas[peer]._puller.distrusted  # type: ignore[attr-defined]
+
+    simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
 def test_who_commits_to_anothers_bytes_is_left_out_and_the_other_counts() -> None:
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(number) for number in range(4)]

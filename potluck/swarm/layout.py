@@ -7,7 +7,7 @@ peers agree on what index 12,345 means without saying so. Equal layouts have equ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -99,11 +99,18 @@ class Layout:
 
     def gather(self, module: torch.nn.Module) -> Flat:
         """A module's parameters as one flat CPU vector (a copy)."""
+        return self.flatten(dict(module.named_parameters()))
+
+    def flatten(self, tensors: Mapping[str, torch.Tensor]) -> Flat:
+        """Tensors on any device and of any dtype, by name, as the flat float32 CPU vector that codecs take (a copy).
+        Raises KeyError for a name that is missing, ValueError for another shape."""
         flat = self.empty()
-        parameters = dict(module.named_parameters())
         out = torch.from_numpy(flat)
         for slot in self.slots:
-            out[slot.range].copy_(parameters[slot.name].detach().reshape(-1))
+            tensor = tensors[slot.name].detach()
+            if tuple(tensor.shape) != slot.shape:
+                raise ValueError(f"{slot.name} has shape {tuple(tensor.shape)}, expected {slot.shape}")
+            out[slot.range].copy_(tensor.reshape(-1))
         return flat
 
     @torch.no_grad()

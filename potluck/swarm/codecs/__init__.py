@@ -24,8 +24,9 @@ class Codec(Protocol):
     transforms: bool = False
 
     def encode(self, delta: Flat, layout: Layout, residual: Flat | None = None) -> bytes | memoryview:
-        """Encode delta (+ residual). With error feedback, `residual` is updated in place to what was not sent.
-        The blob's memory may be used again once nothing refers to it."""
+        """Encode delta (+ residual), shape (layout.size,); `Layout.flatten` makes it of tensors on any device. With
+        error feedback, `residual` is updated in place to what was not sent. The blob's memory may be used again once
+        nothing refers to it."""
         ...
 
     def decode(self, blob: bytes | memoryview, layout: Layout) -> Contribution:

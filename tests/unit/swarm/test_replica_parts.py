@@ -20,6 +20,7 @@ from potluck.dht.manifest import DataPart, ModelPart, TrainingPart
 from potluck.errors import HardwareError, ManifestError, StateError, UserError
 from potluck.net.host import PeerId
 from potluck.swarm.checkpoints import CheckpointStore, CheckpointWriter
+from potluck.swarm.codecs import CODEC_NAMES, make_codec
 from potluck.swarm.data import BLOCK, assigned_offsets, load_corpus
 from potluck.swarm.layout import Layout
 from potluck.swarm.local import LocalTrainer, learning_rate_at
@@ -27,6 +28,7 @@ from potluck.swarm.model import build_module
 from potluck.swarm.phases import Round
 from potluck.swarm.state import ReplicaState, parse_state, state_bytes
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LAYOUT = Layout.of([("a", (50, 20)), ("b", (9,))])
 LLAMA = {
     "vocab_size": 256,
@@ -167,6 +169,20 @@ def test_the_seed_gives_the_same_bits_and_leaves_the_global_generator_alone() ->
     layout = Layout.of_module(one)
     assert np.array_equal(layout.gather(one), layout.gather(build_module(spec)))
     assert not np.array_equal(layout.gather(one), layout.gather(build_module(spec.model_copy(update={"seed": 6}))))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("codec", CODEC_NAMES)
+def test_codecs_take_tensors_of_any_device_dtype_and_stride(codec: str, device: str) -> None:
+    values = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    given = {"weight": values.to(device).t().requires_grad_(), "bias": torch.arange(5.0, device=device)}
+    layout = Layout.of((name, tuple(tensor.shape)) for name, tensor in given.items())
+    flat = layout.flatten(given)
+    assert np.array_equal(layout.tensors(flat)["weight"], values.t().float())
+    plain = np.concatenate([np.arange(5, dtype=np.float32), values.t().float().numpy().ravel()])
+    assert bytes(make_codec(codec).encode(flat, layout)) == bytes(make_codec(codec).encode(plain, layout))
+    with pytest.raises(ValueError, match="bias has shape"):
+        layout.flatten({**given, "bias": torch.zeros(6)})
 
 
 def test_tied_embeddings_count_once_and_survive_a_round_trip() -> None:

@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests run in two workers; each of their peers trains with one thread.
-WORKERS ?= 2
+# One more than the cores of a small machine: slow tests wait for rounds for most of their time.
+WORKERS ?= 3
 
 .PHONY: demo test test-fast nightly check bench wheel clean
 

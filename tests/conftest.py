@@ -16,8 +16,9 @@ settings.load_profile("potluck")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers get half of the list each, and take from each other at the end: the slow ones come first in both
-    halves, so that what is left at the end is short."""
+    """Workers get equal parts of the list, and take from each other at the end: the slow ones come first in each part,
+    so that what is left at the end is short, and those that wait for rounds run beside each other."""
     slow = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("privileged")]
     quick = [item for item in items if item not in slow]
-    items[:] = [*slow[::2], *quick[::2], *slow[1::2], *quick[1::2]]
+    parts = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    items[:] = [item for part in range(parts) for each in (slow, quick) for item in each[part::parts]]

@@ -50,7 +50,7 @@ def test_two_stages_of_two_peers_train_and_a_killed_one_comes_back_to_its_stage(
         await party.until("all to go on", lambda: all(trained(m) > before[m.name] + 2 for m in members), 180)
         assert victim.module == "stage.1"
         await party.until(
-            "the group to be whole", lambda: any(len(m.last["group"]) == 2 for m in (victim, others[2])), 120
+            "the group to be whole", lambda: any(len(m.last.get("group", ())) == 2 for m in (victim, others[2])), 120
         )
         trainer = await party.start("trainer", "join", invite, "--train-only", "--rounds", "3")
         await party.until("the trainer to leave after its rounds", lambda: trainer.state == "left", 120)

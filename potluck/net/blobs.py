@@ -192,6 +192,7 @@ class BlobStore:
         self._memory: dict[BlobId, tuple[ChunkList, _Pieces]] = {}
         #: Of blobs that are not here as a whole.
         self._loose: dict[BlobId, tuple[ChunkList, dict[int, memoryview]]] = {}
+        self._loose_added: Counter[tuple[BlobId, int]] = Counter()
         self._added: Counter[BlobId] = Counter()
         self._last_read: dict[BlobId, float] = {}
         self._maps: OrderedDict[BlobId, memoryview] = OrderedDict()
@@ -472,14 +473,21 @@ class BlobStore:
                 self._last_read.pop(blob_id, None)
 
     def add_chunk(self, chunks: ChunkList, index: int, data: memoryview) -> None:
-        """Serve one chunk, verified, of a blob that is not here. It must not change until `drop_chunks`."""
+        """Serve one chunk, verified, of a blob that is not here. It must not change until `drop_chunk`, once for each
+        add."""
         with self._lock:
-            self._loose.setdefault(chunks.blob_id, (chunks, {}))[1][index] = data
+            self._loose.setdefault(chunks.blob_id, (chunks, {}))[1].setdefault(index, data)
+            self._loose_added[chunks.blob_id, index] += 1
 
-    def drop_chunks(self, blob_id: BlobId) -> None:
-        """Nothing happens if none are here."""
+    def drop_chunk(self, blob_id: BlobId, index: int) -> None:
         with self._lock:
-            self._loose.pop(blob_id, None)
+            self._loose_added[blob_id, index] -= 1
+            if self._loose_added[blob_id, index] <= 0:
+                del self._loose_added[blob_id, index]
+                loose = self._loose.get(blob_id, (None, {}))[1]
+                loose.pop(index, None)
+                if not loose:
+                    self._loose.pop(blob_id, None)
 
     # --- fetches that have not ended
 

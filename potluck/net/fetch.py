@@ -19,6 +19,7 @@ from potluck.errors import BlobError, BlobUnavailable, PotluckError, RpcRefused,
 from potluck.net.blobs import (
     CHUNK_BYTES,
     DIGEST_BYTES,
+    BlobId,
     BlobNotFound,
     BlobNotRevealed,
     BlobRef,
@@ -134,12 +135,12 @@ async def fetch_chunks(
     on_chunk: Callable[[int, memoryview], None],
     room: Callable[[int], memoryview],
     store: BlobStore,
-    keep: bool = False,
+    kept: list[tuple[BlobId, int]] | None = None,
     window: int = 4,
 ) -> None:
     """Some chunks of a blob, asked for in the order of `indexes` (`window` requests at once), if it is not in `store`.
-    `on_chunk(index, data)` has each as soon as it was verified. `room(size)`: where one is received. With `keep` the
-    store serves them, too, until its `drop_chunks`. Raises BlobUnavailable or BlobError."""
+    `on_chunk(index, data)` has each as soon as it was verified. `room(size)`: where one is received. With `kept`,
+    where they are noted, the store serves them, too, until its `drop_chunk`. Raises BlobUnavailable or BlobError."""
     if _is_here(store, ref):
         for index in indexes:
             on_chunk(index, store.chunk(ref.id, index))
@@ -150,8 +151,9 @@ async def fetch_chunks(
             await job.learn_list()
 
         def came(index: int, data: memoryview) -> None:
-            if keep:
+            if kept is not None:
                 store.add_chunk(job.chunks or ChunkList.of([data]), index, data)
+                kept.append((ref.id, index))
             on_chunk(index, data)
 
         await job.receive(indexes, lambda span: room(span.stop - span.start), came)

@@ -37,6 +37,8 @@ MOST_BUFFERS = 256
 
 #: (index, data): a chunk that was verified. The data may be kept for as long as it is needed.
 OnChunk = Callable[[int, memoryview], None]
+#: Chunks of others' blobs that we serve: (blob, index).
+Kept = list[tuple[BlobId, int]]
 
 
 class Exchange(Protocol):
@@ -75,14 +77,14 @@ class Exchange(Protocol):
         indexes: Sequence[int],
         timeout_seconds: float,
         on_chunk: OnChunk,
-        keep: bool = False,
+        kept: Kept | None = None,
     ) -> None:
-        """Chunks `indexes` of a blob, each told as soon as it was verified. `keep`: we serve them, too, until
-        `drop_chunks`. Raises BlobUnavailable or BlobError."""
+        """Chunks `indexes` of a blob, each told as soon as it was verified. With `kept`, where they are noted, we serve
+        them, too, until `drop_chunks`. Raises BlobUnavailable or BlobError."""
         ...
 
-    def drop_chunks(self, blob: str) -> None:
-        """Serve no chunks of a blob that is not ours any more."""
+    def drop_chunks(self, kept: Kept) -> None:
+        """Serve them no more."""
         ...
 
     def begin_slices(self, module: str, round_: Round, segments: Sequence[int], members: Collection[PeerId]) -> None:
@@ -157,6 +159,8 @@ class NetworkExchange:
         self._kept: deque[tuple[float, BlobId]] = deque()
         #: Rounds of which segments are served.
         self._sliced: deque[tuple[float, str, Round]] = deque()
+        #: Chunks of others' blobs that are served.
+        self._lent: list[Kept] = []
         self._buffers = Recycled(CHUNK_BYTES, np.uint8, MOST_BUFFERS)
         store.remove_older(retain_seconds)  # of an earlier session
 
@@ -223,8 +227,10 @@ class NetworkExchange:
         indexes: Sequence[int],
         timeout_seconds: float,
         on_chunk: OnChunk,
-        keep: bool = False,
+        kept: Kept | None = None,
     ) -> None:
+        if kept is not None and not any(one is kept for one in self._lent):
+            self._lent.append(kept)
         await fetch_chunks(
             self._rpc,
             ref,
@@ -234,11 +240,14 @@ class NetworkExchange:
             on_chunk=on_chunk,
             room=self._room,
             store=self._store,
-            keep=keep,
+            kept=kept,
         )
 
-    def drop_chunks(self, blob: str) -> None:
-        self._store.drop_chunks(BlobId(blob))
+    def drop_chunks(self, kept: Kept) -> None:
+        self._lent = [one for one in self._lent if one is not kept]
+        for blob, index in kept:
+            self._store.drop_chunk(blob, index)
+        kept.clear()
 
     def begin_slices(self, module: str, round_: Round, segments: Sequence[int], members: Collection[PeerId]) -> None:
         now = asyncio.get_running_loop().time()
@@ -295,7 +304,9 @@ class NetworkExchange:
         return into, report.bytes_by_holder
 
     def close(self) -> None:
-        """Serve no states any more."""
+        """Serve nothing of this replica any more."""
+        for kept in list(self._lent):
+            self.drop_chunks(kept)
         for state in self._states:
             self._store.drop_memory(state.digest)
         self._states.clear()

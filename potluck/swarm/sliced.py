@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from blake3 import blake3
@@ -32,6 +32,7 @@ from potluck.swarm.agreement import Claim, agreement
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE
 from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
 from potluck.swarm.contribution import Contribution, Dense, Quantized
+from potluck.swarm.exchange import Kept
 from potluck.swarm.ownership import MARK_BYTES, owned_by
 from potluck.swarm.phases import Round
 from potluck.swarm.pull import Puller, View
@@ -69,15 +70,26 @@ KEPT_ROUNDS: Final = 3
 CHECK_SHARE: Final = 1 / 8
 #: A mean of values at a codec's bound may be beyond it by rounding: such aggregates are clipped to a little less.
 MOST: Final = np.float32(0.999 * MAX_MAGNITUDE)
-#: Rounds in which an aggregator did not show what it says that it counted, before it is trusted no more.
+#: Rounds of so many in which an aggregator did not show what it says that it counted, before it is trusted no more.
 MOST_UNPROVED: Final = 2
+UNPROVED_ROUNDS: Final = 256
 #: Rounds of which an aggregator shows what it counted: an accusation is heard in the round behind.
 SHOWN_ROUNDS: Final = 2
 #: Of the time for a check, how long members are asked for their own; then their segment's aggregator is.
 ASK_MEMBERS_SHARE: Final = 0.5
+#: Of the time to pull, how long an aggregator must have been asked before it is blamed for what it did not show.
+FAIR_SHARE: Final = 0.15
 
 #: What is done with a segment's contributions, once nobody's is waited for any more.
 Then = Callable[[int, Mapping[PeerId, Contribution]], Coroutine[Any, Any, object]]
+
+
+class _Evidence(NamedTuple):
+    """What members contributed to a segment, of those who were to be had; whether its aggregator had time to show the
+    rest."""
+
+    raw: Mapping[PeerId, Contribution]
+    fair: bool
 
 
 @dataclass
@@ -131,9 +143,13 @@ class SlicedPuller(Puller):
         #: The last rounds in which it could not be checked what a peer aggregated, as it did not show what it counted.
         self._unproved = defaultdict[PeerId, set[Round]](set)
         self._past: deque[_Round] = deque(maxlen=KEPT_ROUNDS)
-        #: Rounds' blobs of which we show what we counted, and the first round of which others still have to.
-        self._shown: deque[list[str]] = deque()
+        #: What we counted in the last rounds, which we show; and the first round of which others still have to.
+        self._shown: deque[tuple[Round, Kept]] = deque()
         self._shown_from = Round(0)
+        #: Seconds to pull in.
+        self._window = 0.0
+        #: A segment of the last round that could not be checked in time.
+        self._unchecked: tuple[_Round, int] | None = None
         #: The last round, if segments of it are missing.
         self._unfinished: _Round | None = None
         #: Until this round nobody is waited for after a deadline: it was in vain.
@@ -156,10 +172,13 @@ class SlicedPuller(Puller):
         """As `Puller.pull`, but once: a commit that is seen later is not counted here."""
         if view.update is not None:
             return False
-        self._shown_from = Round(round_ + 1 - SHOWN_ROUNDS)
+        # Nobody asks for what is counted when a round is replayed, and nobody else shows what is older.
+        self._shown_from = Round(round_ + 1 - (0 if late else SHOWN_ROUNDS))
+        kept = None if late else self._keep_from_now_on(round_)
         await self._read(round_, shard, pull_by, view, session)
         view.contributions.clear()
         began, left = self._now(), pull_by - self._now()
+        self._window = left
         raw_by, told_by = began + RAW_SHARE * left, began + TOLD_SHARE * left
         commits = await self._genuine(view, began + DISPUTE_SHARE * left)
         if not commits:
@@ -168,26 +187,29 @@ class SlicedPuller(Puller):
         names = {name_of(commit): peer for peer, commit in commits.items()}
         drawn = self._to_check(owners, len(commits))
         one = _Round(round_, commits, owners, names, drawn=drawn)
+        before = set(self.distrusted)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._aggregate_mine(one, raw_by, view))
-            for peer in sorted(set(one.owners) - self.distrusted - {self._peer}):
+            group.create_task(self._aggregate_mine(one, raw_by, view, kept))
+            for peer in sorted(set(one.owners) - before - {self._peer}):
                 group.create_task(self._take(one, peer, told_by, late))
             evidence = group.create_task(self._evidence(one, told_by))
+            group.create_task(self._check_the_last(one, told_by))
             if drift:
                 for peer in sorted(commits.keys() - {self._peer}):
                     group.create_task(self._pull_fragment(peer, commits[peer], tuple(commits), pull_by, view))
-        for segment, raw in evidence.result().items():
-            await self._check(one, segment, raw)
+        if (found := evidence.result()) and one.drawn is not None and not await self._check(one, one.drawn, found):
+            self._unchecked = replace(one, pieces={}), one.drawn
+        self._drop(one, self.distrusted - before)
         patient = not late and round_ >= self._patient_from
         least = one.majority if patient else 1
         await self._fill_raw(one, self._missing(one), began + FALLBACK_SHARE * left, view, least)
         not_to_be_had, before = self._missing(one), set(self.distrusted)
         # Behind what the update needs: whoever accuses must not keep others from that.
-        await self._look_into_one(one, pull_by)
-        if not late:
-            await self._compare_the_last(one, pull_by)
-        for liar in self.distrusted - before:
-            self._drop(one, liar)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._look_into_one(one, pull_by))
+            if not late:
+                group.create_task(self._compare_the_last(one, pull_by))
+        self._drop(one, self.distrusted - before)
         dropped = [segment for segment in self._missing(one) if segment not in not_to_be_had]
         await self._fill_raw(one, dropped, pull_by, view, least)
         self._conclude(one, view)
@@ -204,13 +226,15 @@ class SlicedPuller(Puller):
         if one is None:
             return
         missing, told_by = self._missing(one), self._now() + LATE_TOLD_SHARE * (until - self._now())
+        known = set(one.told)
         self._emit("swarm.slices.late", round=one.number, segments=len(missing), of=len(self._ranges))
         async with asyncio.TaskGroup() as group:
             for peer in sorted({one.owners[segment] for segment in missing} - self.distrusted - {self._peer}):
                 group.create_task(self._take(one, peer, told_by, late=True))
-        if one.drawn in missing and one.drawn in one.told:
-            await self._raw_of_told(one, one.drawn, until, partial(self._check, one))
-        if not one.told.keys() & set(missing):
+        came = one.told.keys() - known
+        if one.drawn is not None and one.drawn in came:
+            await self._check(one, one.drawn, await self._raw_of_told(one, one.drawn, until))
+        if not came:
             self._patient_from = Round(one.number + 1 + IMPATIENT_ROUNDS)
         await self._fill_raw(one, self._missing(one), until, view, 1)
         self._conclude(one, view)
@@ -266,7 +290,14 @@ class SlicedPuller(Puller):
 
     # ---- aggregating ----------------------------------------------------------------------------------------
 
-    async def _aggregate_mine(self, one: _Round, until: float, view: View) -> None:
+    def _keep_from_now_on(self, round_: Round) -> Kept:
+        """Where what is counted in this round is noted; what need not be shown any more goes."""
+        while self._shown and self._shown[0][0] <= round_ - SHOWN_ROUNDS:
+            self._exchange.drop_chunks(self._shown.popleft()[1])
+        self._shown.append((round_, []))
+        return self._shown[-1][1]
+
+    async def _aggregate_mine(self, one: _Round, until: float, view: View, kept: Kept | None) -> None:
         mine = one.of(self._peer)
 
         async def aggregate_and_tell(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
@@ -276,12 +307,8 @@ class SlicedPuller(Puller):
                 self._exchange.tell_slice(self._module, one.number, segment, told, data)
 
         self._exchange.begin_slices(self._module, one.number, mine, one.commits.keys())
-        self._shown.append([commit.blob for commit in one.commits.values()])
-        while len(self._shown) > SHOWN_ROUNDS:
-            for blob in self._shown.popleft():
-                self._exchange.drop_chunks(blob)
         try:
-            await self._raw(mine, one.commits, until, aggregate_and_tell, view, keep=True)
+            await self._raw(mine, one.commits, until, aggregate_and_tell, view, kept=kept)
         finally:
             self._exchange.end_slices(self._module, one.number)
             one.silent.update(view.missing.keys() & one.commits.keys())
@@ -295,10 +322,10 @@ class SlicedPuller(Puller):
         then: Then,
         view: View | None = None,
         *,
-        keep: bool = False,
+        kept: Kept | None = None,
         holder: PeerId | None = None,
     ) -> None:
-        """Pull members' own segments, from themselves or from one `holder`; `keep`: to show them. `then` has each as
+        """Pull members' own segments, from themselves or from one `holder`; `kept`: to show them. `then` has each as
         soon as it came from all who give it in time; `view` hears of those who do not. Of no segments: ask whether they
         answer at all."""
         parts: dict[int, dict[PeerId, Contribution]] = {segment: {} for segment in segments}
@@ -323,7 +350,7 @@ class SlicedPuller(Puller):
                 settle(segment, peer)
 
             try:
-                await self._chunks(holder or peer, commit, segments, until, came, keep=keep)
+                await self._chunks(holder or peer, commit, segments, until, came, kept)
             except PotluckError as error:
                 failed(peer, error)
             for segment in segments:
@@ -375,11 +402,10 @@ class SlicedPuller(Puller):
         indexes: Sequence[int],
         until: float,
         on_chunk: Callable[[int, memoryview], None],
-        *,
-        keep: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         ref, left = BlobRef(BlobId(commit.blob), commit.size), max(0.05, until - self._now())
-        await self._exchange.fetch_chunks(ref, peer, indexes, left, on_chunk, keep)
+        await self._exchange.fetch_chunks(ref, peer, indexes, left, on_chunk, kept)
 
     def _decoded(self, data: bytes | memoryview, segment: int) -> Dense | Quantized:
         """`data`: of the segment, and what may lie behind it in its chunk."""
@@ -443,28 +469,24 @@ class SlicedPuller(Puller):
         unchecked = self.distrusted | {self._peer}
         return drawn if drawn < segments and owners[drawn] not in unchecked else None
 
-    async def _evidence(self, one: _Round, until: float) -> dict[int, Mapping[PeerId, Contribution]]:
+    async def _evidence(self, one: _Round, until: float) -> _Evidence | None:
         """Members' own of the segment to check. Asked for once its aggregator has given it: its own is among them, and
         to who does not ask for that it could lie."""
-        found: dict[int, Mapping[PeerId, Contribution]] = {}
+        if one.drawn is None:
+            return None
+        try:
+            async with asyncio.timeout(max(0.0, until - self._now())):
+                await one.drawn_settled.wait()
+        except TimeoutError:
+            return None
+        return await self._raw_of_told(one, one.drawn, until) if one.drawn in one.told else None
 
-        async def keep(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
-            found[segment] = parts
-
-        if one.drawn is not None:
-            try:
-                async with asyncio.timeout(max(0.0, until - self._now())):
-                    await one.drawn_settled.wait()
-            except TimeoutError:
-                return found
-            if one.drawn in one.told:
-                await self._raw_of_told(one, one.drawn, until, keep)
-        return found
-
-    async def _raw_of_told(self, one: _Round, segment: int, until: float, then: Then) -> None:
+    async def _raw_of_told(self, one: _Round, segment: int, until: float) -> _Evidence:
         """Pull what is in a segment, as its aggregator says: from the members, and what they do not give from the
-        aggregator, which has to show what it counted."""
+        aggregator, which has to show what it counted. Who is known to give us nothing is not asked."""
         members, owner, found = one.told[segment][0], one.owners[segment], dict[PeerId, Contribution]()
+        silent, began = members & one.silent, self._now()
+        turn = began + ASK_MEMBERS_SHARE * (until - began)
 
         async def add(segment: int, parts: Mapping[PeerId, Contribution]) -> None:
             found.update(parts)
@@ -473,36 +495,57 @@ class SlicedPuller(Puller):
             commits = {peer: one.commits[peer] for peer in sorted(peers)}
             await self._raw([segment], commits, until, add, holder=holder)
 
-        await ask(members, self._now() + ASK_MEMBERS_SHARE * (until - self._now()))
-        if hidden := members - found.keys():
-            await ask(hidden, until, owner)
-        await then(segment, found)
+        async def ask_the_others() -> None:
+            await ask(members - silent, turn)
+            if hidden := members - silent - found.keys():
+                await ask(hidden, until, owner)
 
-    async def _check(self, one: _Round, segment: int, raw: Mapping[PeerId, Contribution]) -> None:
-        """Whether a segment is what `raw` gives. If not, all that its aggregator said is dropped. So it is where nobody
-        shows something that the aggregator counted, itself included, again and again while it has to."""
-        (members, digest), owner = one.told[segment], one.owners[segment]
+        async with asyncio.TaskGroup() as group:
+            group.create_task(ask(silent, until, owner))
+            group.create_task(ask_the_others())
+        asked_from = began if members - found.keys() <= silent else turn
+        return _Evidence(found, fair=until - asked_from >= FAIR_SHARE * self._window)
+
+    async def _check(self, one: _Round, segment: int, evidence: _Evidence) -> bool:
+        """Whether a segment is what the evidence gives. If not, all that its aggregator said is dropped. So it is where
+        nobody shows something that the aggregator counted, itself included, again and again while it has to. False if
+        nothing is known now."""
+        (members, digest), owner, raw = one.told[segment], one.owners[segment], evidence.raw
         if members <= raw.keys():
             right, _ = await self._in_thread(self._aggregated, one, segment, {peer: raw[peer] for peer in members})
             if blake3(right).digest() == digest:
-                self._unproved.pop(owner, None)
-                return
+                return True
             event = "swarm.slices.lied"
-        elif one.number >= self._shown_from and 2 * len(raw) >= len(members):  # who hears nobody must accuse nobody
-            self._unproved[owner].add(one.number)
+        elif evidence.fair and one.number >= self._shown_from and self._heard_most(raw, members):
+            strikes = {number for number in self._unproved[owner] if number > one.number - UNPROVED_ROUNDS}
+            self._unproved[owner] = strikes | {one.number}
             event = "swarm.slices.unproved"
         else:
-            return
+            return False
         self._emit(event, round=one.number, peer=owner, segment=segment)
         if (accusation := Accusation(owner, one.number, segment)) not in self._accusations:
             self._accusations.append(accusation)  # others ask it, too
         if event == "swarm.slices.lied" or len(self._unproved[owner]) >= MOST_UNPROVED:
             self.distrusted.add(owner)
-            self._drop(one, owner)
+            self._drop(one, [owner])
+        return True
 
-    def _drop(self, one: _Round, liar: PeerId) -> None:
-        for segment in one.of(liar):
-            one.pieces.pop(segment, None)
+    def _heard_most(self, raw: Collection[PeerId], members: Collection[PeerId]) -> bool:
+        """Who hears few of the others must accuse nobody: the line may be its own."""
+        others = set(members) - {self._peer}
+        return 2 * len(others.intersection(raw)) >= len(others)
+
+    def _drop(self, one: _Round, liars: Iterable[PeerId]) -> None:
+        for liar in liars:
+            for segment in one.of(liar):
+                one.pieces.pop(segment, None)
+
+    async def _check_the_last(self, now: _Round, until: float) -> None:
+        """What could not be checked in the last round: its aggregator, or another, was late with what it takes."""
+        unchecked, self._unchecked = self._unchecked, None
+        if unchecked is not None and unchecked[0].number >= self._shown_from:
+            one, segment = unchecked
+            await self._check(one, segment, await self._raw_of_told(one, segment, until))
 
     async def _look_into_one(self, now: _Round, until: float) -> None:
         """One accusation of one of those who accuse, drawn: who cries most is not heard most, and what it costs is
@@ -515,13 +558,10 @@ class SlicedPuller(Puller):
             return
         accused = worth[self._draw(len(worth))]
         accusation, one = accused[self._draw(len(accused))]
-
-        async def check(segment: int, raw: Mapping[PeerId, Contribution]) -> None:
-            if one.told[segment][0] <= raw.keys():  # else it is looked into again when it is heard again
-                self._looked_into.append(accusation)
-            await self._check(one, segment, raw)
-
-        await self._raw_of_told(one, accusation.segment, until, check)
+        evidence = await self._raw_of_told(one, accusation.segment, until)
+        if one.told[accusation.segment][0] <= evidence.raw.keys():  # else it is looked into when it is heard again
+            self._looked_into.append(accusation)
+        await self._check(one, accusation.segment, evidence)
 
     async def _compare_the_last(self, now: _Round, until: float) -> None:
         """Who began this round with another state than most may have been told other segments than they were. One of
@@ -547,7 +587,7 @@ class SlicedPuller(Puller):
         ]
         if differ:
             segment = differ[self._draw(len(differ))]
-            await self._raw_of_told(last, segment, until, partial(self._check, last))
+            await self._check(last, segment, await self._raw_of_told(last, segment, until))
 
     def _round_of(self, accusation: Accusation, now: _Round) -> _Round | None:
         """That of an accusation worth looking into."""

@@ -12,7 +12,7 @@ from potluck.errors import BlobUnavailable, DiskFull, RpcRemoteError, RpcTimeout
 from potluck.net.blobs import CHUNK_BYTES, BlobRef, ChunkList
 from potluck.net.host import PeerId
 from potluck.net.wire import Buffer
-from potluck.swarm.exchange import OnChunk
+from potluck.swarm.exchange import Kept, OnChunk
 from potluck.swarm.phases import Round
 from potluck.swarm.slices import Aggregated
 from potluck.swarm.state import ReplicaState
@@ -52,8 +52,8 @@ class World:
     told: dict[tuple[str, int, PeerId, int], asyncio.Future[Told | None]] = field(default_factory=dict)
     received: Counter[PeerId] = field(default_factory=Counter)
     faults: dict[PeerId, Faults] = field(default_factory=dict)
-    #: Chunks of others' blobs, by who serves them.
-    shown: defaultdict[PeerId, dict[str, set[int]]] = field(default_factory=lambda: defaultdict(dict))
+    #: Chunks of others' blobs, by who serves them: how often they were added.
+    shown: defaultdict[PeerId, Counter[tuple[str, int]]] = field(default_factory=lambda: defaultdict(Counter))
     shown_to_others: int = 0
     #: What was told to each, by module, round and peer.
     heard: dict[tuple[str, int, PeerId], list[bytes]] = field(default_factory=dict)
@@ -129,26 +129,30 @@ class FakeExchange:
         indexes: Sequence[int],
         timeout_seconds: float,
         on_chunk: OnChunk,
-        keep: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         world = self.world
         if holder == self.peer:
             blob = world.blobs[ref.id][holder][0]
-        elif indexes and world.of(holder).shows and world.shown[holder].get(ref.id, set()) >= set(indexes):
-            await asyncio.sleep(self.faults.latency_seconds)
+        elif indexes and world.of(holder).shows and all(world.shown[holder][ref.id, index] > 0 for index in indexes):
+            await asyncio.sleep(min(self.faults.latency_seconds, timeout_seconds))
+            if self.faults.latency_seconds > timeout_seconds:
+                raise BlobUnavailable("too slow")
             blob = next(iter(world.blobs[ref.id].values()))[0]
             world.shown_to_others += 1
         else:
             blob, _ = await self._get(ref, [holder], timeout_seconds)
             self.world.received[self.peer] += len(indexes)
-        if keep and holder != self.peer:
-            world.shown[self.peer].setdefault(ref.id, set()).update(indexes)
+        if kept is not None and holder != self.peer:
+            kept.extend((ref.id, index) for index in indexes)
+            world.shown[self.peer].update((ref.id, index) for index in indexes)
         self.world.of(holder).asked |= {(self.peer, index) for index in indexes}
         for index in indexes:
             on_chunk(index, memoryview(blob)[index * self.chunk_bytes : (index + 1) * self.chunk_bytes])
 
-    def drop_chunks(self, blob: str) -> None:
-        self.world.shown[self.peer].pop(blob, None)
+    def drop_chunks(self, kept: Kept) -> None:
+        self.world.shown[self.peer].subtract(kept)
+        kept.clear()
 
     def _telling(self, peer: PeerId, module: str, round_: Round, segment: int) -> asyncio.Future[Told | None]:
         return self.world.told.setdefault((module, round_, peer, segment), asyncio.get_running_loop().create_future())
@@ -198,7 +202,9 @@ class FakeExchange:
     async def heard_slices(
         self, peer: PeerId, module: str, round_: Round, segments: int, timeout_seconds: float
     ) -> list[bytes]:
-        await asyncio.sleep(self.faults.latency_seconds)
+        await asyncio.sleep(min(self.faults.latency_seconds, timeout_seconds))
+        if self.faults.latency_seconds > timeout_seconds:
+            raise RpcTimeout("no answer before the deadline")
         return self.world.heard[module, round_, peer]
 
     async def fetch_state(

@@ -469,9 +469,9 @@ def test_chunks_that_were_kept_are_shown_to_others_who_check_them(short_dir: Pat
             (owner, theirs), (between, kept), (asker, none) = [
                 await holder(net, name, *contents) for name, contents in [("a", [content]), ("b", []), ("c", [])]
             ]
-            ref = BlobRef(theirs.ids()[0], size)
+            ref, noted = BlobRef(theirs.ids()[0], size), list[Any]()
 
-            async def chunk(rpc: Rpc, store: BlobStore, of: Rpc, index: int, keep: bool = False) -> bytes:
+            async def chunk(rpc: Rpc, store: BlobStore, of: Rpc, index: int, kept: Any = None) -> bytes:
                 found: dict[int, memoryview] = {}
                 await fetch_chunks(
                     rpc,
@@ -482,21 +482,26 @@ def test_chunks_that_were_kept_are_shown_to_others_who_check_them(short_dir: Pat
                     on_chunk=found.__setitem__,
                     room=lambda size: memoryview(bytearray(size)),
                     store=store,
-                    keep=keep,
+                    kept=kept,
                 )
                 return bytes(found[index])
 
             last = chunk_count(size) - 1
             right = content[last * CHUNK_BYTES :]
-            assert await chunk(between, kept, owner, last, keep=True) == right
+            for _ in range(2):
+                assert await chunk(between, kept, owner, last, noted) == right
+            assert noted == 2 * [(ref.id, last)]
             assert not kept.has(ref.id) and kept.used_bytes == 0
             assert await chunk(asker, none, between, last) == right
             if last:
                 with pytest.raises(BlobUnavailable):
                     await chunk(asker, none, between, 0)
-            kept.drop_chunks(ref.id)
+            kept.drop_chunk(ref.id, last)
+            assert await chunk(asker, none, between, last) == right
+            kept.drop_chunk(ref.id, last)
             with pytest.raises(BlobUnavailable):
                 await chunk(asker, none, between, last)
-            kept.drop_chunks(ref.id)
+            kept.drop_chunk(ref.id, last)
+            assert not kept._loose and not kept._loose_added
 
     asyncio.run(main())

@@ -193,7 +193,7 @@ class SlicedPuller(Puller):
             for peer in sorted(set(one.owners) - before - {self._peer}):
                 group.create_task(self._take(one, peer, told_by, late))
             evidence = group.create_task(self._evidence(one, told_by))
-            group.create_task(self._check_the_last(one, told_by))
+            group.create_task(self._check_the_last(told_by))
             if drift:
                 for peer in sorted(commits.keys() - {self._peer}):
                     group.create_task(self._pull_fragment(peer, commits[peer], tuple(commits), pull_by, view))
@@ -540,7 +540,7 @@ class SlicedPuller(Puller):
             for segment in one.of(liar):
                 one.pieces.pop(segment, None)
 
-    async def _check_the_last(self, now: _Round, until: float) -> None:
+    async def _check_the_last(self, until: float) -> None:
         """What could not be checked in the last round: its aggregator, or another, was late with what it takes."""
         unchecked, self._unchecked = self._unchecked, None
         if unchecked is not None and unchecked[0].number >= self._shown_from:

@@ -201,6 +201,8 @@ def test_who_lies_to_one_only_is_named_by_that_one_as_soon_as_its_state_is_anoth
         await swarm.until(29.0)
         swarm.world.of(liar).lie = lambda blob: (-np.frombuffer(blob, dtype="<f4")).tobytes()
         swarm.world.of(liar).victims = {victim}
+        # It checks nothing by chance, and asks the last of the others what it was told.
+        monkeypatch.setattr(swarm.replicas[victim]._puller, "_draw", lambda n: n - 1)
         await swarm.until(105.0)
         (named,) = [event for event in swarm.events[victim] if event["event"] == "swarm.slices.lied"]
         lied = min(round_ for round_ in range(10) if len(swarm.digests(round_)) > 1)
@@ -365,6 +367,41 @@ def test_who_commits_to_the_same_bytes_again_takes_nothing_from_what_others_show
         assert len(first) > 15
         for peer in (peers[1], peers[2], peers[4]):
             assert accused not in swarm.replicas[peer]._puller.distrusted  # type: ignore[attr-defined]
+
+    simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
+def test_an_accusation_that_stalls_does_not_delay_who_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lies to a victim only; another is accused in each round, and keeps who looks into that waiting."""
+    monkeypatch.setattr(sliced, "CHECK_SHARE", 1e-9)
+
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(7)]
+        liar, victim, staller, accuser = peers[1], peers[3], peers[5], peers[6]
+        for peer in peers:
+            swarm.world.of(peer).latency_seconds = 0.06
+        await swarm.until(29.0)
+        swarm.world.of(liar).lie = lambda blob: (-np.frombuffer(blob, dtype="<f4")).tobytes()
+        swarm.world.of(liar).victims = {victim}
+        fetch = fake_exchange.FakeExchange.fetch_chunks
+
+        async def stalls(self: Any, ref: Any, holder: PeerId, indexes: Any, timeout_seconds: float, *rest: Any) -> None:
+            if holder == staller != self.peer and indexes and not set(indexes) <= set(self._aggregates):
+                await asyncio.sleep(timeout_seconds)
+                raise BlobUnavailable("no")
+            await fetch(self, ref, holder, indexes, timeout_seconds, *rest)
+
+        monkeypatch.setattr(fake_exchange.FakeExchange, "fetch_chunks", stalls)
+        # It checks nothing by chance, and asks the last of the others what it was told.
+        monkeypatch.setattr(swarm.replicas[victim]._puller, "_draw", lambda n: n - 1)
+        puller: Any = swarm.replicas[accuser]._puller
+        for round_ in range(3, 10):
+            await swarm.until(10.0 * round_ + 5.0)
+            (last,) = [one for one in puller._past if one.number == round_ - 1]
+            puller._accusations.clear()
+            puller._accusations.extend(Accusation(staller, last.number, segment) for segment in last.of(staller)[:1])
+        lied = [event for event in swarm.events[victim] if event["event"] == "swarm.slices.lied"]
+        assert [(event["peer"], event["round"]) for event in lied] == [(liar, 3)] and lied[0]["at"] < 50.0
 
     simulate(body, rules=replace(RAW, sliced=True), codec="none")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from potluck.errors import BlobError, CapTooLow
-from potluck.net.blobs import CHUNK_BYTES, BlobRef, BlobStore
+from potluck.net.blobs import CHUNK_BYTES, BlobNotFound, BlobRef, BlobStore, ChunkList
 from potluck.net.host import PeerId
 from potluck.net.pace import Pace
 from potluck.swarm.exchange import NetworkExchange
@@ -59,3 +59,26 @@ def test_chunks_of_a_blob_here_that_has_another_size_are_refused(tmp_path: Path)
 @pytest.mark.parametrize("rate", [None, 60_000])
 def test_what_passes_in_time_is_offered(tmp_path: Path, rate: float | None) -> None:
     assert offer(tmp_path, rate, 100_000).size == 100_000
+
+
+def test_chunks_that_were_kept_go_with_the_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, data = BlobStore(tmp_path, 10**9), bytes(1000)
+    ref = ChunkList.of([data]).ref
+
+    async def fetched(rpc: Any, ref: BlobRef, holder: PeerId, indexes: Any, *, kept: Any, **options: Any) -> None:
+        store.add_chunk(ChunkList.of([data]), 0, memoryview(data))
+        kept.append((ref.id, 0))
+
+    monkeypatch.setattr("potluck.swarm.exchange.fetch_chunks", fetched)
+
+    async def go() -> None:
+        one, other = (NetworkExchange(None, None, store, 60.0, 3) for _ in range(2))  # type: ignore[arg-type]
+        for exchange in (one, other):
+            await exchange.fetch_chunks(ref, PeerId("p"), [0], 1.0, lambda index, data: None, [])
+        one.close()
+        assert bytes(store.chunk(ref.id, 0)) == data
+        other.close()
+        with pytest.raises(BlobNotFound):
+            store.chunk(ref.id, 0)
+
+    asyncio.run(go())

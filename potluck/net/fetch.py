@@ -50,6 +50,8 @@ class FetchReport:
     """The last failure of each holder that had one."""
 
 
+#: Chunks of others' blobs that a store serves: (blob, index).
+Kept = list[tuple[BlobId, int]]
 #: (bytes done, bytes in total)
 OnProgress = Callable[[int, int], None]
 
@@ -135,7 +137,7 @@ async def fetch_chunks(
     on_chunk: Callable[[int, memoryview], None],
     room: Callable[[int], memoryview],
     store: BlobStore,
-    kept: list[tuple[BlobId, int]] | None = None,
+    kept: Kept | None = None,
     window: int = 4,
 ) -> None:
     """Some chunks of a blob, asked for in the order of `indexes` (`window` requests at once), if it is not in `store`.

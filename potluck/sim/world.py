@@ -161,8 +161,7 @@ class World:
         self.watch.event(peer.id, name, fields)
         match name:
             case "swarm.slices.lied":
-                (liar,) = (one.number for one in self.peers if one.id == fields["peer"])
-                self.report.named.setdefault(liar, set()).add(peer.number)
+                self.report.named.setdefault(self._numbers()[fields["peer"]], set()).add(peer.number)
             case "swarm.round.applied":
                 self._check_memory(peer)
                 self._applied[fields["round"]].append(fields)
@@ -180,8 +179,11 @@ class World:
             case "swarm.round.missed":
                 self._missed["out of sync" if fields["out_of_sync"] else "away"] += max(1, fields["rounds"])
 
+    def _numbers(self) -> dict[PeerId, int]:
+        return {peer.id: peer.number for peer in self.peers}
+
     def _scored(self, validator: SimPeer, fields: dict[str, Any]) -> None:
-        numbers = {peer.id: peer.number for peer in self.peers}
+        numbers = self._numbers()
         by_number = {
             what: {numbers[p]: v for p, v in fields[what].items()}
             for what in ("shares", "verdicts", "refused", "paid", "earned")

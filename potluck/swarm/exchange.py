@@ -17,7 +17,7 @@ from potluck.dht.directory import Directory
 from potluck.dht.records import Commit, Replica, Signed, Weights
 from potluck.errors import CapTooLow
 from potluck.net.blobs import CHUNK_BYTES, BlobId, BlobRef, BlobStore
-from potluck.net.fetch import FetchReport, fetch, fetch_chunks
+from potluck.net.fetch import FetchReport, Kept, fetch, fetch_chunks
 from potluck.net.host import PeerId
 from potluck.net.pace import Pace
 from potluck.net.rpc import Rpc
@@ -37,8 +37,6 @@ MOST_BUFFERS = 256
 
 #: (index, data): a chunk that was verified. The data may be kept for as long as it is needed.
 OnChunk = Callable[[int, memoryview], None]
-#: Chunks of others' blobs that we serve: (blob, index).
-Kept = list[tuple[BlobId, int]]
 
 
 class Exchange(Protocol):

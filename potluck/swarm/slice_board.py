@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -29,6 +29,7 @@ MOST_WAITING_OF_PEER: Final = 16
 MOST_WAITING: Final = 128
 
 Key = tuple[str, int]
+_Head = TypeVar("_Head", bound=msgspec.Struct)
 
 
 class NothingTold(NetworkError):
@@ -61,6 +62,13 @@ class _Newest(NamedTuple):
     members: frozenset[PeerId]
 
 
+def _parse(method: str, head: dict[str, Any], kind: type[_Head]) -> _Head:
+    try:
+        return msgspec.convert(head, kind)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"{method}: {error}") from None
+
+
 class SliceBoard:
     """One for all modules of a peer."""
 
@@ -70,7 +78,8 @@ class SliceBoard:
         #: By module.
         self._newest: dict[str, _Newest] = {}
         self._waiting: Counter[PeerId] = Counter()
-        self._heard: OrderedDict[Key, bytes] = OrderedDict()
+        #: Of those rounds.
+        self._heard: dict[Key, bytes] = {}
         rpc.register(METHOD, self._answer, max_request_bytes=0)
         rpc.register(HEARD_METHOD, self._answer_heard, max_request_bytes=0)
 
@@ -104,10 +113,9 @@ class SliceBoard:
             self._newest.pop(module).over.set_result(None)
 
     def hear(self, module: str, round_: int, digests: Sequence[bytes]) -> None:
-        """What others told us: a digest for each segment, or NOT_HEARD."""
-        self._heard[module, round_] = b"".join(digests)
-        while len(self._heard) > MOST_KEPT:
-            self._heard.popitem(last=False)
+        """What others told us in a round that was begun: a digest for each segment, or NOT_HEARD."""
+        if (module, round_) in self._rounds:
+            self._heard[module, round_] = b"".join(digests)
 
     async def ask_heard(
         self, peer: PeerId, module: str, round_: int, segments: int, timeout_seconds: float
@@ -133,10 +141,7 @@ class SliceBoard:
         return parse_aggregated(await call_by_ranges(self._rpc, peer, METHOD, head, into, deadline))
 
     async def _answer(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
-        try:
-            asked = msgspec.convert(head, _Asked)
-        except msgspec.ValidationError as error:
-            raise ProtocolError(f"{METHOD}: {error}") from None
+        asked = _parse(METHOD, head, _Asked)
         there = self._of(asked.module, asked.round, asked.segment)
         if there is not None and there.done() and not there.cancelled():
             return self._reply(there.result(), head)
@@ -155,10 +160,7 @@ class SliceBoard:
         return self._reply(told, head)
 
     async def _answer_heard(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
-        try:
-            asked = msgspec.convert(head, _AskedHeard)
-        except msgspec.ValidationError as error:
-            raise ProtocolError(f"{HEARD_METHOD}: {error}") from None
+        asked = _parse(HEARD_METHOD, head, _AskedHeard)
         if (heard := self._heard.get((asked.module, asked.round))) is None:
             raise NothingTold(f"nothing of {asked.module} was told here in round {asked.round}")
         return Reply(body=heard)

@@ -25,6 +25,7 @@ from blake3 import blake3
 from potluck.dht.records import Commit
 from potluck.errors import CodecError, PotluckError, RpcRemoteError
 from potluck.net.blobs import BlobId, BlobRef
+from potluck.net.fetch import Kept
 from potluck.net.host import PeerId
 from potluck.net.wire import Buffer
 from potluck.swarm.aggregate import aggregate, token_weights
@@ -32,7 +33,6 @@ from potluck.swarm.agreement import Claim, agreement
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE
 from potluck.swarm.codecs.segments import SEGMENT_BYTES, DenseCodec
 from potluck.swarm.contribution import Contribution, Dense, Quantized
-from potluck.swarm.exchange import Kept
 from potluck.swarm.ownership import MARK_BYTES, owned_by
 from potluck.swarm.phases import Round
 from potluck.swarm.pull import Puller, View

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from potluck.dht.records import Commit, Replica, Signed
 from potluck.errors import BlobUnavailable, DiskFull, RpcRemoteError, RpcTimeout
 from potluck.net.blobs import CHUNK_BYTES, BlobRef, ChunkList
+from potluck.net.fetch import Kept
 from potluck.net.host import PeerId
 from potluck.net.wire import Buffer
-from potluck.swarm.exchange import Kept, OnChunk
+from potluck.swarm.exchange import OnChunk
 from potluck.swarm.phases import Round
 from potluck.swarm.slices import Aggregated
 from potluck.swarm.state import ReplicaState

@@ -63,6 +63,11 @@ def simulate(body: Callable[[Swarm], Awaitable[None]], **made: Any) -> None:
         loop.close()
 
 
+def opposite(blob: bytes) -> bytes:
+    """What a liar makes of a segment of `none`."""
+    return (-np.frombuffer(blob, dtype="<f4")).tobytes()
+
+
 def ends(codec: str, exchange_sliced: bool, clip: bool) -> tuple[str, np.ndarray, float]:
     """(digest after four rounds of four peers, parameters, chunks that a peer received per round)."""
     found: list[Any] = []
@@ -130,14 +135,10 @@ def test_a_line_too_slow_for_the_deadline_costs_local_steps_and_no_state() -> No
 
 @pytest.mark.parametrize("two_faced", [False, True])
 def test_who_lies_is_named_by_all_and_aggregates_no_more(two_faced: bool) -> None:
-    def lie(blob: bytes) -> bytes:
-        values = -np.frombuffer(blob, dtype="<f4")
-        return values.tobytes()
-
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(number) for number in range(4)]
         liar = peers[1]
-        swarm.world.of(liar).lie, swarm.world.of(liar).two_faced = lie, two_faced
+        swarm.world.of(liar).lie, swarm.world.of(liar).two_faced = opposite, two_faced
         await swarm.until(205.0)
         honest = [peer for peer in peers if peer != liar]
         named = {
@@ -155,7 +156,7 @@ def test_who_hides_its_own_part_of_what_it_lied_about_is_found_all_the_same(monk
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(number) for number in range(4)]
         liar, fetch = peers[1], fake_exchange.FakeExchange.fetch_chunks
-        swarm.world.of(liar).lie = lambda blob: (-np.frombuffer(blob, dtype="<f4")).tobytes()
+        swarm.world.of(liar).lie = opposite
 
         async def hidden(self: Any, ref: Any, holder: PeerId, indexes: Any, timeout_seconds: float, *rest: Any) -> None:
             theirs = set(swarm.replicas[liar]._exchange._aggregates)  # type: ignore[attr-defined]
@@ -178,7 +179,7 @@ def test_who_lies_and_counts_an_accomplice_that_hides_is_named_by_all(shows: boo
         peers = [swarm.start(number) for number in range(5)]
         liar, accomplice = peers[1], peers[3]
         honest = [peer for peer in peers if peer not in (liar, accomplice)]
-        swarm.world.of(liar).lie = lambda blob: (-np.frombuffer(blob, dtype="<f4")).tobytes()
+        swarm.world.of(liar).lie = opposite
         swarm.world.of(liar).shows = shows
         swarm.world.of(accomplice).hides_from = set(honest)
         await swarm.until(405.0)
@@ -199,7 +200,7 @@ def test_who_lies_to_one_only_is_named_by_that_one_as_soon_as_its_state_is_anoth
         peers = [swarm.start(number) for number in range(5)]
         liar, victim = peers[1], peers[3]
         await swarm.until(29.0)
-        swarm.world.of(liar).lie = lambda blob: (-np.frombuffer(blob, dtype="<f4")).tobytes()
+        swarm.world.of(liar).lie = opposite
         swarm.world.of(liar).victims = {victim}
         # It checks nothing by chance, and asks the last of the others what it was told.
         monkeypatch.setattr(swarm.replicas[victim]._puller, "_draw", lambda n: n - 1)
@@ -381,7 +382,7 @@ def test_an_accusation_that_stalls_does_not_delay_who_compares(monkeypatch: pyte
         for peer in peers:
             swarm.world.of(peer).latency_seconds = 0.06
         await swarm.until(29.0)
-        swarm.world.of(liar).lie = lambda blob: (-np.frombuffer(blob, dtype="<f4")).tobytes()
+        swarm.world.of(liar).lie = opposite
         swarm.world.of(liar).victims = {victim}
         fetch = fake_exchange.FakeExchange.fetch_chunks
 
@@ -441,7 +442,7 @@ def test_who_lies_too_late_to_be_checked_is_checked_in_the_next_round(monkeypatc
         for peer in peers:
             swarm.world.of(peer).latency_seconds = 0.06
         swarm.world.of(liar).shows = False
-        swarm.world.of(liar).lie = lambda blob: (-np.frombuffer(blob, dtype="<f4")).tobytes()
+        swarm.world.of(liar).lie = opposite
         late_words(swarm, monkeypatch, liar, 0.03)
         await swarm.until(205.0)
         for peer in set(peers) - {liar}:

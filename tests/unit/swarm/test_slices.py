@@ -219,6 +219,7 @@ def test_what_was_told_is_heard_by_who_asks_until_it_is_forgotten(tmp_path: Path
             with pytest.raises(RpcRemoteError, match="NothingTold"):
                 await ask(3, 3)
             for round_ in range(MOST_KEPT + 5):
+                other.begin("m", round_, [], [])
                 other.hear("m", round_, digests)
             assert len(other._heard) == MOST_KEPT
 

@@ -162,10 +162,12 @@ class GossipReplica(Follower):
             self._close()
 
     async def _linger(self) -> None:
-        """Stay until the last round's pull deadline: a contribution that nobody could fetch would not count."""
+        """Stay until the last round's pull deadline: a contribution that nobody could fetch would not count. Of a
+        sliced round until its end: others check what this peer aggregated."""
         if self.last is not None and self.last.contributed and not self._stop.is_set():
-            pull_by = self.rules.clock.window(self.last.round).pull_by
-            await self._sleep_until(pull_by, "others to pull the last contribution", "the peer leaves")
+            window = self.rules.clock.window(self.last.round)
+            until = window.end if self.rules.sliced else window.pull_by
+            await self._sleep_until(until, "others to pull the last contribution", "the peer leaves")
 
     async def _round(self) -> None:
         window, theta = await self._in_step(), self._state.theta
@@ -228,9 +230,9 @@ class GossipReplica(Follower):
         following = self.rules.clock.window(Round(window.round + 1))
         late, self._late = self._late, {}
         await self._end_chase()
-        if view.missing and not self._stop.is_set():
-            self._chase_missing(window, view, following.commit_by)
         agreed = await self._apply(window.round, view, following.train_until)
+        if not self._stop.is_set():
+            self._begin_chase(window, view, following.commit_by)
         # A peer that finished its steps early idles; only what lies behind `train_until` is the round's overhead.
         idle = max(0.0, min(window.train_until, revealed) - committed)
         seconds = {
@@ -242,7 +244,7 @@ class GossipReplica(Follower):
         }
         return Landed(view, agreed, late, seconds)
 
-    def _chase_missing(self, window: Window, view: View, until: float) -> None:
+    def _begin_chase(self, window: Window, view: View, until: float) -> None:
         late = self._late
 
         def came(peer: PeerId) -> None:

@@ -115,9 +115,6 @@ class _Round:
     silent: set[PeerId] = field(default_factory=set)
     #: That is known.
     asked_all: asyncio.Event = field(default_factory=asyncio.Event)
-    #: The segment to check.
-    drawn: int | None = None
-    drawn_settled: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def majority(self) -> int:
@@ -146,10 +143,10 @@ class SlicedPuller(Puller):
         #: What we counted in the last rounds, which we show; and the first round of which others still have to.
         self._shown: deque[tuple[Round, Kept]] = deque()
         self._shown_from = Round(0)
-        #: Seconds to pull in.
-        self._window = 0.0
-        #: A segment of the last round that could not be checked in time.
-        self._unchecked: tuple[_Round, int] | None = None
+        #: Seconds to pull in, and when they are over.
+        self._window, self._pull_by = 0.0, 0.0
+        #: Segments to check, once nothing waits for the line: one drawn in each round, and what is not decided.
+        self._unchecked: list[tuple[_Round, int]] = []
         #: The last round, if segments of it are missing.
         self._unfinished: _Round | None = None
         #: Until this round nobody is waited for after a deadline: it was in vain.
@@ -178,32 +175,26 @@ class SlicedPuller(Puller):
         await self._read(round_, shard, pull_by, view, session)
         view.contributions.clear()
         began, left = self._now(), pull_by - self._now()
-        self._window = left
+        self._window, self._pull_by = left, pull_by
         raw_by, told_by = began + RAW_SHARE * left, began + TOLD_SHARE * left
         commits = await self._genuine(view, began + DISPUTE_SHARE * left)
         if not commits:
             return False
         owners = await self._in_thread(assign, len(self._ranges), commits, round_)
         names = {name_of(commit): peer for peer, commit in commits.items()}
-        drawn = self._to_check(owners, len(commits))
-        one = _Round(round_, commits, owners, names, drawn=drawn)
+        one = _Round(round_, commits, owners, names)
         before = set(self.distrusted)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._aggregate_mine(one, raw_by, view, kept))
             for peer in sorted(set(one.owners) - before - {self._peer}):
                 group.create_task(self._take(one, peer, told_by, late))
-            evidence = group.create_task(self._evidence(one, told_by))
-            group.create_task(self._check_the_last(told_by))
             if drift:
                 for peer in sorted(commits.keys() - {self._peer}):
                     group.create_task(self._pull_fragment(peer, commits[peer], tuple(commits), pull_by, view))
-        if (found := evidence.result()) and one.drawn is not None and not await self._check(one, one.drawn, found):
-            self._unchecked = replace(one, pieces={}), one.drawn
-        self._drop(one, self.distrusted - before)
         patient = not late and round_ >= self._patient_from
         least = one.majority if patient else 1
         await self._fill_raw(one, self._missing(one), began + FALLBACK_SHARE * left, view, least)
-        not_to_be_had, before = self._missing(one), set(self.distrusted)
+        not_to_be_had = self._missing(one)
         # Behind what the update needs: whoever accuses must not keep others from that.
         async with asyncio.TaskGroup() as group:
             group.create_task(self._look_into_one(one, pull_by))
@@ -213,7 +204,9 @@ class SlicedPuller(Puller):
         dropped = [segment for segment in self._missing(one) if segment not in not_to_be_had]
         await self._fill_raw(one, dropped, pull_by, view, least)
         self._conclude(one, view)
-        self._past.append(replace(one, pieces={}))
+        self._past.append(past := replace(one, pieces={}))
+        if not late and (drawn := self._to_check(owners, len(commits))) is not None:
+            self._unchecked.append((past, drawn))
         heard = [one.told[segment][1] if segment in one.told else NOT_HEARD for segment in range(len(self._ranges))]
         self._exchange.hear_slices(self._module, one.number, heard)
         self._unfinished = one if patient and view.incomplete else None
@@ -232,8 +225,6 @@ class SlicedPuller(Puller):
             for peer in sorted({one.owners[segment] for segment in missing} - self.distrusted - {self._peer}):
                 group.create_task(self._take(one, peer, told_by, late=True))
         came = one.told.keys() - known
-        if one.drawn is not None and one.drawn in came:
-            await self._check(one, one.drawn, await self._raw_of_told(one, one.drawn, until))
         if not came:
             self._patient_from = Round(one.number + 1 + IMPATIENT_ROUNDS)
         await self._fill_raw(one, self._missing(one), until, view, 1)
@@ -435,9 +426,6 @@ class SlicedPuller(Puller):
                         self._emit("swarm.slices.failed", round=one.number, peer=peer, segment=segment, error=what)
                     one.failed.add(peer)
                     return
-                finally:
-                    if segment == one.drawn:
-                        one.drawn_settled.set()
             one.accused[peer] = told.accused
 
         async with asyncio.TaskGroup() as group:
@@ -469,17 +457,20 @@ class SlicedPuller(Puller):
         unchecked = self.distrusted | {self._peer}
         return drawn if drawn < segments and owners[drawn] not in unchecked else None
 
-    async def _evidence(self, one: _Round, until: float) -> _Evidence | None:
-        """Members' own of the segment to check. Asked for once its aggregator has given it: its own is among them, and
-        to who does not ask for that it could lie."""
-        if one.drawn is None:
-            return None
-        try:
-            async with asyncio.timeout(max(0.0, until - self._now())):
-                await one.drawn_settled.wait()
-        except TimeoutError:
-            return None
-        return await self._raw_of_told(one, one.drawn, until) if one.drawn in one.told else None
+    async def chase(self, view: View, until: float, came: Callable[[PeerId], None]) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(super().chase(view, until, came))
+            group.create_task(self._check_drawn(until))
+
+    async def _check_drawn(self, until: float) -> None:
+        """Behind the time to pull, where lines are idle and nothing waits. The segment's aggregator has told it by
+        then: to who asks for members' own before, its own among them, it would tell the truth."""
+        await asyncio.sleep(max(0.0, self._pull_by - self._now()))
+        for each in tuple(self._unchecked):
+            one, segment = each
+            shown = one.number >= self._shown_from and segment in one.told
+            if not shown or await self._check(one, segment, await self._raw_of_told(one, segment, until)):
+                self._unchecked.remove(each)
 
     async def _raw_of_told(self, one: _Round, segment: int, until: float) -> _Evidence:
         """Pull what is in a segment, as its aggregator says: from the members, and what they do not give from the
@@ -539,13 +530,6 @@ class SlicedPuller(Puller):
         for liar in liars:
             for segment in one.of(liar):
                 one.pieces.pop(segment, None)
-
-    async def _check_the_last(self, until: float) -> None:
-        """What could not be checked in the last round: its aggregator, or another, was late with what it takes."""
-        unchecked, self._unchecked = self._unchecked, None
-        if unchecked is not None and unchecked[0].number >= self._shown_from:
-            one, segment = unchecked
-            await self._check(one, segment, await self._raw_of_told(one, segment, until))
 
     async def _look_into_one(self, now: _Round, until: float) -> None:
         """One accusation of one of those who accuse, drawn: who cries most is not heard most, and what it costs is

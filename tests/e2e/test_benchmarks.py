@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +19,17 @@ pytestmark = pytest.mark.slow
 
 def figures(name: str, *options: str) -> dict[str, Any]:
     """Of a benchmark's last line."""
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / f"{name}.py"), *options], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as script:
+        try:
+            said, complained = script.communicate(timeout=250)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)  # peers, too
+    assert script.returncode == 0, complained[-3000:]
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
 
 

@@ -146,8 +146,32 @@ def test_who_lies_is_named_by_all_and_aggregates_no_more(two_faced: bool) -> Non
             for peer in honest
         }
         assert named == {peer: {liar} for peer in honest}
-        last = {swarm.applied(peer)[19]["digest"] for peer in honest}
-        assert len(last) == 1
+        assert len({swarm.applied(peer)[19]["digest"] for peer in honest}) == 1
+        if not two_faced:  # who finds a lie that all were told has applied it with them
+            found = min(e["round"] for peer in honest for e in swarm.events[peer] if e["event"] == "swarm.slices.lied")
+            assert len({swarm.applied(peer)[found]["digest"] for peer in honest}) == 1
+
+    simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
+def test_no_round_waits_for_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[float] = []
+    evidence = sliced.SlicedPuller._raw_of_told
+
+    async def slowly(self: Any, *arguments: Any) -> Any:
+        await asyncio.sleep(1.5)  # longer than a round has to pull
+        checks.append(self._now())
+        return await evidence(self, *arguments)
+
+    monkeypatch.setattr(sliced.SlicedPuller, "_raw_of_told", slowly)
+
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(4)]
+        await swarm.until(105.0)
+        assert len(checks) >= 20
+        for peer in peers:
+            for report in swarm.applied(peer).values():
+                assert report["seconds"]["pull"] < 1.0
 
     simulate(body, rules=replace(RAW, sliced=True), codec="none")
 
@@ -435,7 +459,7 @@ def late_words(
     monkeypatch.setattr(fake_exchange.FakeExchange, "fetch_chunks", slowly)
 
 
-def test_who_lies_too_late_to_be_checked_is_checked_in_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_lies_at_the_last_moment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(number) for number in range(5)]
         liar = peers[1]
@@ -447,6 +471,25 @@ def test_who_lies_too_late_to_be_checked_is_checked_in_the_next_round(monkeypatc
         await swarm.until(205.0)
         for peer in set(peers) - {liar}:
             assert swarm.replicas[peer]._puller.distrusted == {liar}  # type: ignore[attr-defined]
+
+    simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_who_leaves_with_a_round_is_not_blamed_for_what_it_shows_no_more(seed: int) -> None:
+    async def body(swarm: Swarm) -> None:
+        swarm.draw = random.Random(seed).randrange
+        peers = [swarm.start(number) for number in range(3)]
+        for number in range(3, 6):
+            leaves = swarm.start(number)
+            await swarm.until(20.0 * number + 5.0)
+            swarm.replicas[leaves].finish()
+            await swarm.tasks[leaves]
+            swarm.crash(leaves)
+            await swarm.until(20.0 * number + 15.0)
+            assert leaves in swarm.applied(peers[0])[2 * number]["group"]
+        for peer in peers:
+            assert not [e for e in swarm.events[peer] if e["event"] == "swarm.slices.unproved"]
 
     simulate(body, rules=replace(RAW, sliced=True), codec="none")
 

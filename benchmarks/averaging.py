@@ -657,7 +657,7 @@ def main() -> None:
         if options.only != "loopback":
             line = 8 / options.mbit  # seconds per MB
             of_line = {"none": 11.0, "int8": 2.0, "sparse": 0.3}
-            windows = {way: 0.5 + 0.05 * millions + 2.2 * line * each * millions for way, each in of_line.items()}
+            windows = {way: 0.5 + 0.05 * millions + 2.6 * line * each * millions for way, each in of_line.items()}
             windows["bare"] = windows["int8"]
             ours = chosen(options, ("int8", "sparse") if options.quick else (*OURS, "bare"))
             theirs = chosen(options, ("uniform8",) if options.quick else THEIRS)

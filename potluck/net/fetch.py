@@ -138,7 +138,7 @@ async def fetch_chunks(
     room: Callable[[int], memoryview],
     store: BlobStore,
     kept: Kept | None = None,
-    window: int = 4,
+    window: int = 2,
 ) -> None:
     """Some chunks of a blob, asked for in the order of `indexes` (`window` requests at once), if it is not in `store`.
     `on_chunk(index, data)` has each as soon as it was verified. `room(size)`: where one is received. With `kept`,

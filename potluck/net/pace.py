@@ -1,4 +1,4 @@
-"""What a peer may send, or receive, per second: a token bucket that all of its streams share.
+"""What a peer may send, or receive, per second (a token bucket that all of its streams share), and what it asks for.
 
 A cap is of the line: every byte is charged with what libp2p, TCP and IP put around it. The bucket is shallow and no
 piece is large, so that any ten seconds stay within five percent of the cap. Small frames (questions, errors, short
@@ -27,6 +27,20 @@ ASK_SECONDS: Final = 0.1
 MAX_PIECE_BYTES: Final = 1 << 20
 MIN_PIECE_BYTES: Final = 1024
 MIN_ASK_BYTES: Final = 4096
+#: What may be under way to us from one peer, in seconds of what it gives: this, and so many round trips (fewer keep TCP
+#: from growing). More only waits in routers (RFC 6817, LEDBAT), where some streams are pushed aside, and all wait for
+#: those then.
+AHEAD_SECONDS: Final = 0.06
+AHEAD_ROUND_TRIPS: Final = 4.0
+#: Requests of one peer at once, about: a window of a blob's, and one of what was aggregated.
+ASKS_AHEAD: Final = 4
+#: Each request costs CPU time: at least, and from when on as much as may be.
+LEAST_ASK_BYTES: Final = 64 << 10
+LARGE_ASK_BYTES: Final = 192 << 10
+#: A peer that answers later is not nearer than that.
+MAX_LATENCY_SECONDS: Final = 1.0
+#: What a body counts for when the next one has come.
+FADING: Final = 0.7
 #: What is not urgent goes behind what is, for at most so long: a frame that stands still breaks its stream.
 RELAXED_SECONDS: Final = 5.0
 
@@ -164,6 +178,33 @@ class Pace:
             self._turn = None
             self._drop_leftovers()
         self._arm()
+
+
+class Flow:
+    """How fast a peer's bodies come, while they come, and how soon its answers begin, at best."""
+
+    def __init__(self) -> None:
+        self._latency = MAX_LATENCY_SECONDS
+        self._bytes = self._seconds = 0.0
+
+    def answered(self, seconds: float) -> None:
+        """From a question to the first byte of its answer, in seconds."""
+        self._latency = min(self._latency, seconds)
+
+    def came(self, size: int, seconds: float) -> None:
+        """A body, from its first byte to its last. What fits into one read tells nothing, and is left out."""
+        if size >= LEAST_ASK_BYTES:
+            self._bytes, self._seconds = FADING * self._bytes + size, FADING * self._seconds + seconds
+
+    @property
+    def ask_bytes(self) -> int:
+        """What to ask for at once, if more is asked for before it came."""
+        if not self._bytes:
+            return MAX_PIECE_BYTES
+        rate = self._bytes / max(self._seconds, 1e-9)
+        ahead = AHEAD_SECONDS + AHEAD_ROUND_TRIPS * self._latency
+        size = _clamp(rate, ahead / ASKS_AHEAD, LEAST_ASK_BYTES)
+        return size if size < LARGE_ASK_BYTES else MAX_PIECE_BYTES
 
 
 def _clamp(rate: float | None, seconds: float, least: int) -> int:

@@ -1,4 +1,4 @@
-"""A body that is asked for range by range, where a download cap would make the whole of it come at once."""
+"""A body that is asked for range by range: no more at once than a cap, or a slow line, lets through soon."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ async def call_by_ranges(
     """Fill `into`, which is not empty, with exactly as many bytes, until `deadline` (of the loop's clock). Each request
     has the `start` and `size` of its range, in bytes. Gives the last answer's head. Raises as `Rpc.call` does, and
     BlobError for another number of bytes."""
-    loop, most, answered = asyncio.get_running_loop(), rpc.download.ask_bytes, dict[str, Any]()
-    for start in range(0, len(into), most):
-        part = into[start : start + most]
+    loop, answered, start = asyncio.get_running_loop(), dict[str, Any](), 0
+    while start < len(into):
+        part = into[start : start + rpc.ask_bytes(peer)]
         reply = await rpc.call(
             peer,
             method,
@@ -31,6 +31,7 @@ async def call_by_ranges(
         if len(reply.body) != len(part):
             raise BlobError(f"sent {len(reply.body)} bytes for {len(part)}")
         answered = reply.head
+        start += len(part)
     return answered
 
 

@@ -37,7 +37,7 @@ from potluck.errors import (
     RpcUnreached,
 )
 from potluck.net.host import Host, PeerId
-from potluck.net.pace import RELAXED_SECONDS, Pace
+from potluck.net.pace import RELAXED_SECONDS, Flow, Pace
 from potluck.net.wire import MAX_HEAD_BYTES, Buffer, Frame, FrameReader, Kind, encode
 
 log = logging.getLogger(__name__)
@@ -393,10 +393,13 @@ class _Lane(asyncio.BufferedProtocol):
 
 
 class _Call:
-    __slots__ = ("answer", "body", "into", "max_bytes", "method")
+    __slots__ = ("answer", "asked_at", "body", "into", "max_bytes", "method")
 
-    def __init__(self, method: str, answer: asyncio.Future[Reply], max_bytes: int, into: memoryview | None) -> None:
+    def __init__(
+        self, method: str, answer: asyncio.Future[Reply], max_bytes: int, into: memoryview | None, asked_at: float
+    ) -> None:
         self.method = method
+        self.asked_at = asked_at
         self.answer = answer
         self.max_bytes = max_bytes
         self.into = into
@@ -409,6 +412,8 @@ class _CallerLane(_Lane):
         self._calls: dict[int, _Call] = {}
         self._given_up: OrderedDict[int, None] = OrderedDict()
         self._next_id = 0
+        self.flow = Flow()
+        self._body_from = 0.0
         super().__init__(rpc, peer, writer, rpc.limits.idle_timeout_seconds)
 
     @property
@@ -430,7 +435,7 @@ class _CallerLane(_Lane):
         request = _encoder.encode((method, remaining_ms, max_response_bytes, head))
         self._next_id = call_id = self._free_id()
         answer: asyncio.Future[Reply] = self._loop.create_future()
-        self._calls[call_id] = _Call(method, answer, max_response_bytes, into)
+        self._calls[call_id] = _Call(method, answer, max_response_bytes, into, self._loop.time())
         timer = self._loop.call_at(deadline, self._expire, call_id)
         item = None
         try:
@@ -470,6 +475,8 @@ class _CallerLane(_Lane):
             if frame.body_length > self.rpc.limits.max_body_bytes:
                 raise ProtocolError(f"an answer of {frame.body_length} bytes to a call that was given up")
             return None
+        self._body_from = self._loop.time()
+        self.flow.answered(self._body_from - call.asked_at)
         limit = 0 if frame.kind is Kind.ERROR else call.max_bytes
         if frame.body_length > limit:
             raise ProtocolError(f"{call.method}: an answer of {frame.body_length} bytes; the limit is {limit}")
@@ -482,6 +489,7 @@ class _CallerLane(_Lane):
         call = self._calls.get(frame.call_id)
         if body is None or call is None or call.answer.done():
             return
+        self.flow.came(len(body), self._loop.time() - self._body_from)
         if frame.kind is Kind.RESPONSE:
             head = _decode(_head_decoder, frame.head)
             del self._calls[frame.call_id]
@@ -747,6 +755,12 @@ class Rpc:
         except BaseException:
             open_lane.take_back(limit)
             raise
+
+    def ask_bytes(self, peer: PeerId) -> int:
+        """How much of a long body to ask `peer` for at once: what our cap allows, and its line seems to carry soon."""
+        opened = self._lanes.get((peer, "bulk"))
+        flow = opened.result().flow if opened is not None and _is_open(opened) else Flow()
+        return min(self.download.ask_bytes, flow.ask_bytes)
 
     # --- lanes
 

@@ -62,8 +62,8 @@ LATE_TOLD_SHARE: Final = 0.5
 IMPATIENT_ROUNDS: Final = 8
 #: Who has not begun to aggregate is asked again after this.
 ASK_AGAIN_SECONDS: Final = 0.1
-#: Segments asked of one member at once.
-WINDOW: Final = 4
+#: Segments that others aggregated, asked of one member at once.
+WINDOW: Final = 2
 #: Rounds whose words are kept, so that an accusation can be looked into.
 KEPT_ROUNDS: Final = 3
 #: Of an exchange's bytes, what checks may cost on the average.

@@ -80,11 +80,15 @@ def name_of(commit: Commit) -> bytes:
 
 def assign(segments: int, members: Collection[PeerId], round_: Round) -> list[PeerId]:
     """The aggregator of each segment: of those with room left, the one with the highest hash (rendezvous hashing with
-    bounded loads). Nobody has more than their share, rounded up; where one member more or less is seen, most segments
-    stay with whom they had. `members` must not be empty."""
-    most, load, owners = -(-segments // len(members)), Counter[PeerId](), []
+    bounded loads). Nobody has more than their share, rounded up; the last segment, mostly a short one, goes to one of
+    those with the fewest; where one member more or less is seen, most segments stay with whom they had. `members` must
+    not be empty."""
+    load, owners = Counter[PeerId](), list[PeerId]()
+    most = -(-(segments - 1) // len(members))
     named = sorted((peer, peer.encode()) for peer in members)
     for segment in range(segments):
+        if segment == segments - 1:
+            most = min(load[peer] for peer in members) + 1
         salt = b"potluck.slice.1" + round_.to_bytes(8, "big") + segment.to_bytes(8, "big")
         free = [(hashlib.sha256(salt + name).digest(), peer) for peer, name in named if load[peer] < most]
         owners.append(max(free)[1])

@@ -9,7 +9,8 @@
 
 Every name is a namespace of its own; `internet` routes between them and has no way out of this machine. Addresses are
 in 11.0.0.0/8, which libp2p takes for public ones. Rates are token buckets (`tc tbf`), NATs are nftables', delays are a
-process that carries packets between two TUN devices (`delay.py`). Needs root.
+process that carries packets between two TUN devices (`delay.py`). TCP is controlled by cubic, as nearly all homes' is,
+whatever this machine uses. Needs root.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ Nat = Literal["full-cone", "cone", "symmetric"]
 TOOLS = ("ip", "tc", "nft")
 _PREFIX = "potluck-"
 _WAN, _LAN = "wan", "lan"
+_CONGESTION = "cubic"
+#: Of a line's bucket: a kernel's large packets (64 KiB) that fit in pass whole, and cost no CPU to be cut.
+_BURST_SECONDS, _MIN_BURST_BYTES = 0.01, 32 << 10
 _HOME_HOST = "192.168.1.10"
 _RULES = """
 table ip potluck {{
@@ -132,7 +136,7 @@ class Lab:
         _ip("link", "add", "eth", "netns", namespace, "type", "veth", "peer", "name", _LAN, "netns", edge)
         _configure(namespace, "eth", f"{_HOME_HOST}/24")
         _configure(edge, _LAN, "192.168.1.1/24")
-        _in(namespace, "ip", "route", "add", "default", "via", "192.168.1.1")
+        _route(namespace, "192.168.1.1")
         self._connect(site, delay_ms)
         _in(edge, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         cone = f'iifname "wan" dnat to {_HOME_HOST}' if nat == "full-cone" else ""
@@ -152,16 +156,16 @@ class Lab:
             _in(site.edge, "ip", "addr", "del", f"{old}/24", "dev", _WAN)
             _in(site.edge, "ip", "addr", "add", f"{site.address}/24", "dev", _WAN)
         _in(site.edge, "ip", "link", "set", _WAN, "up")
-        _in(site.edge, "ip", "route", "replace", "default", "via", f"11.0.{site.number}.1")
+        _route(site.edge, f"11.0.{site.number}.1")
 
     # ---- what is seen ---------------------------------------------------------------------------------------
 
     def sent(self, site: Site) -> int:
         """Bytes that left a site over its line so far, headers included."""
-        return _statistics(site.edge, _WAN)["tx"]
+        return _carried(site.edge, _WAN) if site.up_mbit else _statistics(site.edge, _WAN)["tx"]
 
     def received(self, site: Site) -> int:
-        return _statistics(site.edge, _WAN)["rx"]
+        return _carried(self._internet, f"to{site.number}") if site.down_mbit else _statistics(site.edge, _WAN)["rx"]
 
     def count(self, one: Site, other: Site) -> None:
         """From now on `direct` knows what goes between two sites without a third."""
@@ -193,10 +197,11 @@ class Lab:
             _ip("link", "add", _WAN, "netns", site.edge, "type", "veth", "peer", "name", far, "netns", self._internet)
         _configure(self._internet, far, f"11.0.{site.number}.1/24")
         _configure(site.edge, _WAN, f"{site.address}/24")
-        _in(site.edge, "ip", "route", "add", "default", "via", f"11.0.{site.number}.1")
+        _route(site.edge, f"11.0.{site.number}.1")
         for namespace, device, mbit in ((self._internet, far, site.down_mbit), (site.edge, _WAN, site.up_mbit)):
             if mbit:
-                shape = ("tbf", "rate", f"{mbit}mbit", "burst", "32kb", "latency", "200ms")
+                burst = max(_MIN_BURST_BYTES, int(_BURST_SECONDS * mbit * 1e6 / 8))
+                shape = ("tbf", "rate", f"{mbit}mbit", "burst", str(burst), "latency", "200ms")
                 _in(namespace, "tc", "qdisc", "add", "dev", device, "root", *shape)
         self.sites[site.name] = site
         return site
@@ -238,6 +243,17 @@ def _remove_leftovers() -> None:
 def _configure(namespace: str, device: str, address: str) -> None:
     _in(namespace, "ip", "addr", "add", address, "dev", device)
     _in(namespace, "ip", "link", "set", device, "up")
+
+
+def _route(namespace: str, gateway: str) -> None:
+    known = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+    control = ("congctl", _CONGESTION) if _CONGESTION in known else ()
+    _in(namespace, "ip", "route", "replace", "default", "via", gateway, *control)
+
+
+def _carried(namespace: str, device: str) -> int:
+    """Bytes that passed a bucket. Of a large packet it counts every header that it has on a line; devices count one."""
+    return int(json.loads(_in(namespace, "tc", "-s", "-j", "qdisc", "show", "dev", device))[0]["bytes"])
 
 
 def _statistics(namespace: str, device: str) -> dict[str, int]:

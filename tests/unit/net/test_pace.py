@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potluck.net.pace import OVERHEAD, Pace
+from potluck.net.pace import AHEAD_ROUND_TRIPS, AHEAD_SECONDS, ASKS_AHEAD, LEAST_ASK_BYTES, OVERHEAD, Flow, Pace
 from potluck.sim.loop import VirtualLoop, run
 
 WINDOW = 10.0
@@ -168,3 +168,34 @@ def test_no_cap_costs_nothing() -> None:
         assert not pace.behind() and loop.time() == 0
 
     run(scene)
+
+
+@given(st.floats(1e5, 1e9), st.floats(0, 0.3), st.integers(1, 30))
+def test_what_is_asked_for_at_once_comes_within_the_time_ahead(rate: float, latency: float, bodies: int) -> None:
+    flow = Flow()
+    assert flow.ask_bytes == 1 << 20, "nothing is known"
+    flow.answered(latency + 0.5)
+    flow.answered(latency)
+    flow.answered(latency + 0.1)
+    for _ in range(bodies):
+        flow.came(flow.ask_bytes, flow.ask_bytes / rate)
+    ahead = AHEAD_SECONDS + AHEAD_ROUND_TRIPS * latency
+    soon = rate * ahead / ASKS_AHEAD
+    assert flow.ask_bytes == LEAST_ASK_BYTES or flow.ask_bytes <= 1.001 * soon or soon > 1 << 17
+    assert flow.ask_bytes == 1 << 20 or flow.ask_bytes >= 0.999 * soon - 1
+
+
+def test_a_stream_that_becomes_slower_is_asked_for_less_and_a_faster_one_for_more() -> None:
+    flow = Flow()
+    flow.answered(0.001)
+    for _ in range(10):
+        flow.came(1 << 20, 0.002)
+    assert flow.ask_bytes == 1 << 20
+    for _ in range(3):
+        flow.came(1 << 20, 0.25)
+    assert flow.ask_bytes < 1 << 17
+    flow.came(1000, 60.0)  # one read, whatever it waited for
+    assert flow.ask_bytes < 1 << 17
+    for _ in range(20):
+        flow.came(flow.ask_bytes, flow.ask_bytes / 200e6)
+    assert flow.ask_bytes == 1 << 20

@@ -18,6 +18,7 @@ from potluck.errors import (
     RpcTimeout,
 )
 from potluck.net.host import PeerId
+from potluck.net.ranges import asked_range, call_by_ranges
 from potluck.net.rpc import HELLO, Reply, Rpc, RpcLimits, _ErrorHead, _received_error
 from potluck.net.wire import HEADER, Kind, encode
 
@@ -497,3 +498,25 @@ def test_streams_that_never_say_hello_count_too(short_dir: Path) -> None:
 def test_what_a_stranger_tells_us_to_wait_is_bounded(told: float) -> None:
     error = _received_error(PeerId("p"), "m", _ErrorHead("RpcRefused", "busy", told))
     assert isinstance(error, RpcRefused) and 0.01 <= error.retry_after_seconds <= 60
+
+
+def test_a_slow_peer_is_asked_for_less_at_once(short_dir: Path) -> None:
+    async def main() -> None:
+        async with network(short_dir) as net:
+            a, b = await net.rpc("a"), await net.rpc("b")
+            data, sizes = memoryview(bytes(range(256)) * 2048), list[int]()
+
+            async def get(peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
+                sizes.append(head["size"])
+                return Reply({}, asked_range(data, head))
+
+            a.register("get", get)
+            a.upload.rate = 1e6
+            for _ in range(2):
+                into = memoryview(bytearray(len(data)))
+                await call_by_ranges(b, a.peer_id, "get", {}, into, asyncio.get_running_loop().time() + 10)
+                assert into == data
+            assert sizes[0] == len(data) and sum(sizes) == 2 * len(data) and max(sizes[1:]) < 1 << 17
+            assert b.ask_bytes(a.peer_id) < 1 << 17 and b.ask_bytes(b.peer_id) == 1 << 20
+
+    asyncio.run(main())

@@ -366,7 +366,9 @@ class _Fetch:
         head: dict[str, Any] = {"id": self._ref.id, "index": request.index}
         if self._alone:
             head["alone"] = True
-        await call_by_ranges(self._rpc, request.holder.peer, "blob.get", head, request.buffer, self._deadline)
+        # A whole contribution goes out in turns, each for a chunk: small ranges would give everybody one at once.
+        rpc, peer, into = self._rpc, request.holder.peer, request.buffer
+        await call_by_ranges(rpc, peer, "blob.get", head, into, self._deadline, measured=self._alone)
         # Here and not in a thread: 0.15 ms per chunk, while it is in the cache. Handing it to another core made
         # fetches slower.
         digest = blake3(request.buffer).digest()

@@ -12,14 +12,22 @@ from potluck.net.rpc import Rpc
 
 
 async def call_by_ranges(
-    rpc: Rpc, peer: PeerId, method: str, head: Mapping[str, Any], into: memoryview, deadline: float
+    rpc: Rpc,
+    peer: PeerId,
+    method: str,
+    head: Mapping[str, Any],
+    into: memoryview,
+    deadline: float,
+    *,
+    measured: bool,
 ) -> dict[str, Any]:
     """Fill `into`, which is not empty, with exactly as many bytes, until `deadline` (of the loop's clock). Each request
-    has the `start` and `size` of its range, in bytes. Gives the last answer's head. Raises as `Rpc.call` does, and
+    has the `start` and `size` of its range, in bytes: what a cap lets through soon, and where `measured` what the line
+    does, of several bodies asked for at once. Gives the last answer's head. Raises as `Rpc.call` does, and
     BlobError for another number of bytes."""
     loop, answered, start = asyncio.get_running_loop(), dict[str, Any](), 0
     while start < len(into):
-        part = into[start : start + rpc.ask_bytes(peer)]
+        part = into[start : start + (rpc.ask_bytes(peer) if measured else rpc.download.ask_bytes)]
         reply = await rpc.call(
             peer,
             method,

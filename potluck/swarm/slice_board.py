@@ -138,7 +138,7 @@ class SliceBoard:
         NetworkError or ProtocolError."""
         deadline = asyncio.get_running_loop().time() + timeout_seconds
         head = {"module": module, "round": round_, "segment": segment}
-        return parse_aggregated(await call_by_ranges(self._rpc, peer, METHOD, head, into, deadline))
+        return parse_aggregated(await call_by_ranges(self._rpc, peer, METHOD, head, into, deadline, measured=True))
 
     async def _answer(self, peer: PeerId, head: dict[str, Any], body: memoryview) -> Reply:
         asked = _parse(METHOD, head, _Asked)

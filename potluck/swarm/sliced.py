@@ -469,6 +469,7 @@ class SlicedPuller(Puller):
         for each in tuple(self._unchecked):
             one, segment = each
             shown = one.number >= self._shown_from and segment in one.told
+            shown = shown and one.owners[segment] not in self.distrusted
             if not shown or await self._check(one, segment, await self._raw_of_told(one, segment, until)):
                 self._unchecked.remove(each)
 

@@ -512,11 +512,12 @@ def test_a_slow_peer_is_asked_for_less_at_once(short_dir: Path) -> None:
 
             a.register("get", get)
             a.upload.rate = 1e6
-            for _ in range(2):
+            loop = asyncio.get_running_loop()
+            for measured in (False, True, False):
                 into = memoryview(bytearray(len(data)))
-                await call_by_ranges(b, a.peer_id, "get", {}, into, asyncio.get_running_loop().time() + 10)
+                await call_by_ranges(b, a.peer_id, "get", {}, into, loop.time() + 10, measured=measured)
                 assert into == data
-            assert sizes[0] == len(data) and sum(sizes) == 2 * len(data) and max(sizes[1:]) < 1 << 17
+            assert sizes[0] == sizes[-1] == len(data) and sum(sizes) == 3 * len(data) and max(sizes[1:-1]) < 1 << 17
             assert b.ask_bytes(a.peer_id) < 1 << 17 and b.ask_bytes(b.peer_id) == 1 << 20
 
     asyncio.run(main())

@@ -431,11 +431,12 @@ class _CallerLane(_Lane):
     ) -> Reply:
         if self.closed is not None:
             raise RpcClosed(f"{method} to {short(self.peer)}: the stream broke: {self.closed}")
-        remaining_ms = max(1, int((deadline - self._loop.time()) * 1000))
+        now = self._loop.time()
+        remaining_ms = max(1, int((deadline - now) * 1000))
         request = _encoder.encode((method, remaining_ms, max_response_bytes, head))
         self._next_id = call_id = self._free_id()
         answer: asyncio.Future[Reply] = self._loop.create_future()
-        self._calls[call_id] = _Call(method, answer, max_response_bytes, into, self._loop.time())
+        self._calls[call_id] = _Call(method, answer, max_response_bytes, into, now)
         timer = self._loop.call_at(deadline, self._expire, call_id)
         item = None
         try:
@@ -475,7 +476,7 @@ class _CallerLane(_Lane):
             if frame.body_length > self.rpc.limits.max_body_bytes:
                 raise ProtocolError(f"an answer of {frame.body_length} bytes to a call that was given up")
             return None
-        self._body_from = self._loop.time()
+        self._body_from = self._last_read
         self.flow.answered(self._body_from - call.asked_at)
         limit = 0 if frame.kind is Kind.ERROR else call.max_bytes
         if frame.body_length > limit:
@@ -489,7 +490,7 @@ class _CallerLane(_Lane):
         call = self._calls.get(frame.call_id)
         if body is None or call is None or call.answer.done():
             return
-        self.flow.came(len(body), self._loop.time() - self._body_from)
+        self.flow.came(len(body), self._last_read - self._body_from)
         if frame.kind is Kind.RESPONSE:
             head = _decode(_head_decoder, frame.head)
             del self._calls[frame.call_id]
@@ -759,8 +760,9 @@ class Rpc:
     def ask_bytes(self, peer: PeerId) -> int:
         """How much of a long body to ask `peer` for at once: what our cap allows, and its line seems to carry soon."""
         opened = self._lanes.get((peer, "bulk"))
-        flow = opened.result().flow if opened is not None and _is_open(opened) else Flow()
-        return min(self.download.ask_bytes, flow.ask_bytes)
+        if opened is None or not _is_open(opened):
+            return self.download.ask_bytes
+        return min(self.download.ask_bytes, opened.result().flow.ask_bytes)
 
     # --- lanes
 

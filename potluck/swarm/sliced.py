@@ -468,8 +468,8 @@ class SlicedPuller(Puller):
         await asyncio.sleep(max(0.0, self._pull_by - self._now()))
         for each in tuple(self._unchecked):
             one, segment = each
-            shown = one.number >= self._shown_from and segment in one.told
-            shown = shown and one.owners[segment] not in self.distrusted
+            trusted = segment in one.told and one.owners[segment] not in self.distrusted
+            shown = trusted and one.number >= self._shown_from
             if not shown or await self._check(one, segment, await self._raw_of_told(one, segment, until)):
                 self._unchecked.remove(each)
 

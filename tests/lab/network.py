@@ -10,7 +10,7 @@
 Every name is a namespace of its own; `internet` routes between them and has no way out of this machine. Addresses are
 in 11.0.0.0/8, which libp2p takes for public ones. Rates are token buckets (`tc tbf`), NATs are nftables', delays are a
 process that carries packets between two TUN devices (`delay.py`). TCP is controlled by cubic, as nearly all homes' is,
-whatever this machine uses. Needs root.
+where this machine has it. Needs root.
 """
 
 from __future__ import annotations

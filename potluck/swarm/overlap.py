@@ -19,9 +19,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -49,7 +48,7 @@ class _Landing:
 
 
 class OverlappedReplica(GossipReplica):
-    """A replica that trains while its last round lands. `compute`, if given, must do two things at a time."""
+    """A replica that trains while its last round lands."""
 
     def __init__(
         self,
@@ -60,7 +59,6 @@ class OverlappedReplica(GossipReplica):
         **following: Unpack[Following],
     ) -> None:
         super().__init__(trainer=trainer, batches=batches, held_out=held_out, **following)
-        self._trainer_thread: Executor = following.get("compute") or ThreadPoolExecutor(1, thread_name_prefix="train")
         self._landing: _Landing | None = None
         #: Where training begins, or began: a guess of theta, or theta itself.
         self._base: Flat = self.layout.zeros()
@@ -82,19 +80,11 @@ class OverlappedReplica(GossipReplica):
             if self._landing is not None:  # told to stop, or cancelled: the round is given up
                 self._landing.task.cancel()
                 await asyncio.gather(self._landing.task, return_exceptions=True)
-                await self._end_chase()  # which it may have begun after the first one was ended
+                await self._end_behind()  # which it may have begun after the first one was ended
 
     async def _linger(self) -> None:
         await self._landed()
         await super()._linger()
-
-    def _close(self) -> None:
-        super()._close()
-        if self._own_thread:
-            self._trainer_thread.shutdown(wait=False, cancel_futures=True)
-
-    async def _in_trainer(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._trainer_thread, work, *args)
 
     # ---- one round ------------------------------------------------------------------------------------------
 

@@ -236,6 +236,9 @@ class Puller:
                 if view.missing[peer].startswith(BlobUnavailable.__name__):
                     group.create_task(one(peer, view.commits[peer]))
 
+    async def check(self, until: float) -> None:
+        """Look into what others said of the round that was applied. Whole contributions are what they are."""
+
     async def _fetch_late(self, peer: PeerId, commit: Commit, until: float) -> None:
         """Raises PotluckError."""
         await self._own_blob(peer, commit, [peer], until, may_come=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, Unpack
 
@@ -113,7 +114,8 @@ class Landed:
 
 class GossipReplica(Follower):
     """One module's replica on this peer: a follower that trains. `batches(round)` yields the samples that the run
-    assigns; `held_out` (B, T + 1) is evaluated at the start of each round."""
+    assigns; `held_out` (B, T + 1) is evaluated at the start of each round. `compute`, if given, must do two things at
+    a time."""
 
     def __init__(
         self,
@@ -131,7 +133,10 @@ class GossipReplica(Follower):
         self.last: RoundReport | None = None
         self.rounds_alone = 0
         self._first = True
-        self._chase: asyncio.Task[None] | None = None
+        #: What goes on behind the round that was applied last.
+        self._behind: list[asyncio.Task[None]] = []
+        #: Local steps have a thread of their own: what is exchanged meanwhile does not wait for them.
+        self._trainer_thread: Executor = following.get("compute") or ThreadPoolExecutor(1, thread_name_prefix="train")
         self._late: dict[PeerId, float] = {}
         self._batches, self._held_out = batches, held_out
 
@@ -158,8 +163,10 @@ class GossipReplica(Follower):
             await self._linger()
             return self._state
         finally:
-            await self._end_chase()
-            self._close()
+            try:
+                await self._end_behind()
+            finally:
+                self._close()
 
     async def _linger(self) -> None:
         """Stay until the last round's pull deadline: a contribution that nobody could fetch would not count. Of a
@@ -229,10 +236,10 @@ class GossipReplica(Follower):
             return None
         following = self.rules.clock.window(Round(window.round + 1))
         late, self._late = self._late, {}
-        await self._end_chase()
+        await self._end_behind()
+        self._begin_chase(window, view, following.commit_by)
         agreed = await self._apply(window.round, view, following.train_until)
-        if not self._stop.is_set():
-            self._begin_chase(window, view, following.commit_by)
+        self._behind.append(asyncio.create_task(self._puller.check(following.commit_by)))
         # A peer that finished its steps early idles; only what lies behind `train_until` is the round's overhead.
         idle = max(0.0, min(window.train_until, revealed) - committed)
         seconds = {
@@ -251,13 +258,15 @@ class GossipReplica(Follower):
             # A sliced round is over when nobody waits for more, which may be before its deadline.
             late[peer] = max(0.0, self._now() - window.pull_by)
 
-        self._chase = asyncio.create_task(self._puller.chase(view, until, came))
+        self._behind.append(asyncio.create_task(self._puller.chase(view, until, came)))
 
-    async def _end_chase(self) -> None:
-        if self._chase is not None:
-            self._chase.cancel()
-            await asyncio.gather(self._chase, return_exceptions=True)
-            self._chase = None
+    async def _end_behind(self) -> None:
+        ended, self._behind = self._behind, []
+        for task in ended:
+            task.cancel()
+        for error in await asyncio.gather(*ended, return_exceptions=True):
+            if isinstance(error, Exception):  # and not that it was cancelled
+                raise error
 
     # ---- 1 and 2: train and commit --------------------------------------------------------------------------
 
@@ -466,7 +475,12 @@ class GossipReplica(Follower):
 
     async def _in_trainer(self, work: Callable[..., T], *args: Any) -> T:
         """Where local steps are computed."""
-        return await self._in_thread(work, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._trainer_thread, work, *args)
+
+    def _close(self) -> None:
+        super()._close()
+        if self._own_thread:
+            self._trainer_thread.shutdown(wait=False, cancel_futures=True)
 
     def _report(
         self,

@@ -143,6 +143,8 @@ class SlicedPuller(Puller):
         #: What we counted in the last rounds, which we show; and the first round of which others still have to.
         self._shown: deque[tuple[Round, Kept]] = deque()
         self._shown_from = Round(0)
+        #: The last round, and who answered us in it.
+        self._there: tuple[Round, Collection[PeerId]] = Round(0), ()
         #: Seconds to pull in, and when they are over.
         self._window, self._pull_by = 0.0, 0.0
         #: Segments to check, once nothing waits for the line: one drawn in each round, and what is not decided.
@@ -191,6 +193,7 @@ class SlicedPuller(Puller):
             if drift:
                 for peer in sorted(commits.keys() - {self._peer}):
                     group.create_task(self._pull_fragment(peer, commits[peer], tuple(commits), pull_by, view))
+        self._there = round_, (commits.keys() - one.silent) | {one.owners[segment] for segment in one.told}
         patient = not late and round_ >= self._patient_from
         least = one.majority if patient else 1
         await self._fill_raw(one, self._missing(one), began + FALLBACK_SHARE * left, view, least)
@@ -457,12 +460,7 @@ class SlicedPuller(Puller):
         unchecked = self.distrusted | {self._peer}
         return drawn if drawn < segments and owners[drawn] not in unchecked else None
 
-    async def chase(self, view: View, until: float, came: Callable[[PeerId], None]) -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(super().chase(view, until, came))
-            group.create_task(self._check_drawn(until))
-
-    async def _check_drawn(self, until: float) -> None:
+    async def check(self, until: float) -> None:
         """Behind the time to pull, where lines are idle and nothing waits. The segment's aggregator has told it by
         then: to who asks for members' own before, its own among them, it would tell the truth."""
         await asyncio.sleep(max(0.0, self._pull_by - self._now()))
@@ -508,7 +506,7 @@ class SlicedPuller(Puller):
             if blake3(right).digest() == digest:
                 return True
             event = "swarm.slices.lied"
-        elif evidence.fair and one.number >= self._shown_from and self._heard_most(raw, members):
+        elif evidence.fair and self._has_to_show(owner, one.number) and self._heard_most(raw, members):
             strikes = {number for number in self._unproved[owner] if number > one.number - UNPROVED_ROUNDS}
             self._unproved[owner] = strikes | {one.number}
             event = "swarm.slices.unproved"
@@ -521,6 +519,11 @@ class SlicedPuller(Puller):
             self.distrusted.add(owner)
             self._drop(one, [owner])
         return True
+
+    def _has_to_show(self, owner: PeerId, counted_in: Round) -> bool:
+        """Who answered in no later round may be gone, and nobody is blamed for that."""
+        last, peers = self._there
+        return counted_in >= self._shown_from and last > counted_in and owner in peers
 
     def _heard_most(self, raw: Collection[PeerId], members: Collection[PeerId]) -> bool:
         """Who hears few of the others must accuse nobody: the line may be its own."""

@@ -177,6 +177,22 @@ def test_no_round_waits_for_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
     simulate(body, rules=replace(RAW, sliced=True), codec="none")
 
 
+def test_a_fault_in_a_check_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("a fault of the program")
+
+    monkeypatch.setattr(sliced.SlicedPuller, "_raw_of_told", broken)
+
+    async def body(swarm: Swarm) -> None:
+        for number in range(4):
+            swarm.start(number)
+        with pytest.raises(AssertionError, match="died") as raised:
+            await swarm.until(105.0)
+        assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+    simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
 def test_who_hides_its_own_part_of_what_it_lied_about_is_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(number) for number in range(4)]
@@ -489,6 +505,26 @@ def test_who_leaves_with_a_round_is_not_blamed_for_what_it_shows_no_more(seed: i
             swarm.crash(leaves)
             await swarm.until(20.0 * number + 15.0)
             assert leaves in swarm.applied(peers[0])[2 * number]["group"]
+        for peer in peers:
+            assert not [e for e in swarm.events[peer] if e["event"] == "swarm.slices.unproved"]
+
+    simulate(body, rules=replace(RAW, sliced=True), codec="none")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_who_is_lost_right_after_a_round_is_not_blamed_for_what_it_shows_no_more(seed: int) -> None:
+    async def body(swarm: Swarm) -> None:
+        swarm.draw = random.Random(seed).randrange
+        peers = [swarm.start(number) for number in range(3)]
+        for number in range(3, 9):
+            lost, round_ = swarm.start(number), 2 * number
+            await swarm.until(10.0 * round_ + 5.0)
+            while round_ not in swarm.applied(lost):
+                await swarm.until(swarm.now() + 0.05)
+            swarm.crash(lost)
+            await swarm.until(10.0 * round_ + 15.0)
+            assert lost in swarm.applied(peers[0])[round_]["group"]
+        await swarm.until(205.0)
         for peer in peers:
             assert not [e for e in swarm.events[peer] if e["event"] == "swarm.slices.unproved"]
 

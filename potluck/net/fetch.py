@@ -100,7 +100,8 @@ async def fetch(
         if ChunkList(0, b"").blob_id != ref.id:
             raise BlobError(f"blob {ref.id[:12]} is not empty")
         return memoryview(b"")
-    job = _Fetch(rpc, ref, holders, timeout_seconds, window, on_progress, report or FetchReport(), may_come)
+    report = report or FetchReport()
+    job = _Fetch(rpc, ref, holders, timeout_seconds, lambda _: window, on_progress, report, may_come)
     try:
         if ref.size <= CHUNK_BYTES:
             data = into if into is not None else memoryview(bytearray(ref.size))
@@ -138,16 +139,15 @@ async def fetch_chunks(
     room: Callable[[int], memoryview],
     store: BlobStore,
     kept: Kept | None = None,
-    window: int = 2,
 ) -> None:
-    """Some chunks of a blob, asked for in the order of `indexes` (`window` requests at once), if it is not in `store`.
+    """Some chunks of a blob, asked for in the order of `indexes`, if it is not in `store`.
     `on_chunk(index, data)` has each as soon as it was verified. `room(size)`: where one is received. With `kept`,
     where they are noted, the store serves them, too, until its `drop_chunk`. Raises BlobUnavailable or BlobError."""
     if _is_here(store, ref):
         for index in indexes:
             on_chunk(index, store.chunk(ref.id, index))
         return
-    job = _Fetch(rpc, ref, [holder], timeout_seconds, window, None, FetchReport(), True, alone=True)
+    job = _Fetch(rpc, ref, [holder], timeout_seconds, rpc.window, None, FetchReport(), True, alone=True)
     try:
         if ref.size > CHUNK_BYTES:
             await job.learn_list()
@@ -214,7 +214,7 @@ class _Fetch:
         ref: BlobRef,
         holders: Sequence[PeerId],
         timeout_seconds: float,
-        window: int,
+        window: Callable[[PeerId], int],
         on_progress: OnProgress | None,
         report: FetchReport,
         may_come: bool,
@@ -290,7 +290,7 @@ class _Fetch:
             usable = [
                 holder
                 for holder in self._holders
-                if not holder.dropped and holder.retry_at <= now and holder.in_flight < self._window
+                if not holder.dropped and holder.retry_at <= now and holder.in_flight < self._window(holder.peer)
             ]
             asked = False
             for holder in sorted(usable, key=lambda each: each.in_flight):

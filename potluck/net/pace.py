@@ -32,8 +32,11 @@ MIN_ASK_BYTES: Final = 4096
 #: those then.
 AHEAD_SECONDS: Final = 0.06
 AHEAD_ROUND_TRIPS: Final = 4.0
-#: Requests of one peer at once, about: a window of a blob's, and one of what was aggregated.
-ASKS_AHEAD: Final = 4
+#: Chunks that are asked for at once of who is fast, and of who is slow.
+WINDOW: Final = 4
+SLOW_WINDOW: Final = 2
+#: Requests of one slow peer at once, about: a window of a blob's, and one of what was aggregated.
+ASKS_AHEAD: Final = 2 * SLOW_WINDOW
 #: Each request costs CPU time: at least, and from when on as much as may be.
 LEAST_ASK_BYTES: Final = 64 << 10
 LARGE_ASK_BYTES: Final = 192 << 10

@@ -37,7 +37,7 @@ from potluck.errors import (
     RpcUnreached,
 )
 from potluck.net.host import Host, PeerId
-from potluck.net.pace import RELAXED_SECONDS, Flow, Pace
+from potluck.net.pace import MAX_PIECE_BYTES, RELAXED_SECONDS, SLOW_WINDOW, WINDOW, Flow, Pace
 from potluck.net.wire import MAX_HEAD_BYTES, Buffer, Frame, FrameReader, Kind, encode
 
 log = logging.getLogger(__name__)
@@ -763,6 +763,10 @@ class Rpc:
         if opened is None or not _is_open(opened):
             return self.download.ask_bytes
         return min(self.download.ask_bytes, opened.result().flow.ask_bytes)
+
+    def window(self, peer: PeerId) -> int:
+        """How many chunks to ask `peer` for at once: of who is slow few, as each waits for those before it."""
+        return WINDOW if self.ask_bytes(peer) == MAX_PIECE_BYTES else SLOW_WINDOW
 
     # --- lanes
 

@@ -97,6 +97,10 @@ class Exchange(Protocol):
         """Segments that were not told by now will not be."""
         ...
 
+    def window(self, peer: PeerId) -> int:
+        """How many of its segments to ask `peer` for at once: from 1 to `WINDOW`."""
+        ...
+
     async def told_slice(
         self, peer: PeerId, module: str, round_: Round, segment: int, size: int, timeout_seconds: float
     ) -> tuple[Aggregated, memoryview]:
@@ -259,6 +263,9 @@ class NetworkExchange:
 
     def end_slices(self, module: str, round_: Round) -> None:
         self._board.end(module, round_)
+
+    def window(self, peer: PeerId) -> int:
+        return self._rpc.window(peer)
 
     async def told_slice(
         self, peer: PeerId, module: str, round_: Round, segment: int, size: int, timeout_seconds: float

@@ -27,6 +27,7 @@ from potluck.errors import CodecError, PotluckError, RpcRemoteError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.fetch import Kept
 from potluck.net.host import PeerId
+from potluck.net.pace import WINDOW
 from potluck.net.wire import Buffer
 from potluck.swarm.aggregate import aggregate, token_weights
 from potluck.swarm.agreement import Claim, agreement
@@ -62,8 +63,6 @@ LATE_TOLD_SHARE: Final = 0.5
 IMPATIENT_ROUNDS: Final = 8
 #: Who has not begun to aggregate is asked again after this.
 ASK_AGAIN_SECONDS: Final = 0.1
-#: Segments that others aggregated, asked of one member at once.
-WINDOW: Final = 2
 #: Rounds whose words are kept, so that an accusation can be looked into.
 KEPT_ROUNDS: Final = 3
 #: Of an exchange's bytes, what checks may cost on the average.
@@ -410,31 +409,33 @@ class SlicedPuller(Puller):
 
     async def _take(self, one: _Round, peer: PeerId, until: float, late: bool) -> None:
         """The segments that `peer` aggregates for all. What does not come, or is no good, is pulled raw later."""
-        robust, window = self._rules.rule != "mean", asyncio.Semaphore(WINDOW)
+        robust = self._rules.rule != "mean"
+        waiting = deque(segment for segment in one.of(peer) if segment not in one.pieces)
 
         async def take(segment: int) -> None:
-            async with window:
-                try:
-                    told, data = await self._told(one, peer, segment, until, late)
-                    members = members_in(told, one.names)
-                    if len(members) < fewest(len(one.commits), robust):
-                        await one.asked_all.wait()
-                    check_enough(members, one.commits, one.silent, robust)
-                    # Here and not in a thread: 0.3 ms, while it is in the cache.
-                    one.pieces[segment] = self._decoded(data, segment)
-                    one.told[segment], one.counted[segment] = (members, blake3(data).digest()), members
-                except PotluckError as error:
-                    if peer not in one.failed:
-                        what = f"{type(error).__name__}: {error}"
-                        self._emit("swarm.slices.failed", round=one.number, peer=peer, segment=segment, error=what)
-                    one.failed.add(peer)
-                    return
-            one.accused[peer] = told.accused
+            try:
+                told, data = await self._told(one, peer, segment, until, late)
+                members = members_in(told, one.names)
+                if len(members) < fewest(len(one.commits), robust):
+                    await one.asked_all.wait()
+                check_enough(members, one.commits, one.silent, robust)
+                # Here and not in a thread: 0.3 ms, while it is in the cache.
+                one.pieces[segment] = self._decoded(data, segment)
+                one.told[segment], one.counted[segment] = (members, blake3(data).digest()), members
+                one.accused[peer] = told.accused
+            except PotluckError as error:
+                if peer not in one.failed:
+                    what = f"{type(error).__name__}: {error}"
+                    self._emit("swarm.slices.failed", round=one.number, peer=peer, segment=segment, error=what)
+                one.failed.add(peer)
+
+        async def take_on(at_once: int) -> None:
+            while waiting and at_once <= self._exchange.window(peer):
+                await take(waiting.popleft())
 
         async with asyncio.TaskGroup() as group:
-            for segment in one.of(peer):
-                if segment not in one.pieces:
-                    group.create_task(take(segment))
+            for number in range(WINDOW):
+                group.create_task(take_on(number + 1))
 
     async def _told(
         self, one: _Round, peer: PeerId, segment: int, until: float, late: bool

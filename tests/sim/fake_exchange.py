@@ -176,6 +176,9 @@ class FakeExchange:
             if not telling.done():
                 telling.set_result(None)
 
+    def window(self, peer: PeerId) -> int:
+        return 2
+
     async def told_slice(
         self, peer: PeerId, module: str, round_: Round, segment: int, size: int, timeout_seconds: float
     ) -> tuple[Aggregated, memoryview]:

@@ -18,6 +18,7 @@ from potluck.errors import (
     RpcTimeout,
 )
 from potluck.net.host import PeerId
+from potluck.net.pace import SLOW_WINDOW, WINDOW
 from potluck.net.ranges import asked_range, call_by_ranges
 from potluck.net.rpc import HELLO, Reply, Rpc, RpcLimits, _ErrorHead, _received_error
 from potluck.net.wire import HEADER, Kind, encode
@@ -519,5 +520,6 @@ def test_a_slow_peer_is_asked_for_less_at_once(short_dir: Path) -> None:
                 assert into == data
             assert sizes[0] == sizes[-1] == len(data) and sum(sizes) == 3 * len(data) and max(sizes[1:-1]) < 1 << 17
             assert b.ask_bytes(a.peer_id) < 1 << 17 and b.ask_bytes(b.peer_id) == 1 << 20
+            assert b.window(a.peer_id) == SLOW_WINDOW < b.window(b.peer_id) == WINDOW
 
     asyncio.run(main())

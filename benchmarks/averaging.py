@@ -17,9 +17,9 @@ peer's line received on the shaped link, headers and what lies between two syncs
 layer counted, ours only). First syncs are not told (`--warm`; with `--quick` those of 8 bit on the line are):
 connections and vectors are new then.
 
-`bare` (not with `--quick`) is what the daemons and the lines would allow: plain libp2p streams from each peer to each
-carry the bytes of a sliced round (of `none` on loopback, of `int8` on the lines), with nothing to compute or to wait
-for: `bare_speedup` (beside hivemind's float32) and `bare_shaped_ratio`.
+`bare-none` and `bare-int8` (not with `--quick`) are what the daemons and the lines would allow: plain libp2p streams
+from each peer to each carry the bytes of such a sliced round, with nothing to compute or to wait for:
+`bare_none_speedup`, `bare_int8_speedup` (beside hivemind's float32 and 8 bit on loopback) and `bare_shaped_ratio`.
 
 The last line is JSON; ratios are hivemind's over ours, of medians over syncs: `int8_*` against its uniform 8 bit,
 `none_*` against its float32, `sparse_*` against its 8 bit on the shaped line. `shaped_ratio`: the bytes that `int8`
@@ -63,8 +63,8 @@ THEIRS: Final = ("float32", "float16", "uniform8")
 #: For an answer: hivemind's averagers can wait for each other for ever.
 PATIENCE_SECONDS: Final = 180.0
 START_SECONDS: Final = 30.0
-#: Bare streams: bytes a parameter of the way that they stand for, by network.
-BARE: Final = {"loopback": 4.0, "shaped": 1.02}
+#: Bare streams: bytes a parameter of the way that they stand for.
+BARE: Final = {"bare-int8": 1.02, "bare-none": 4.0}
 console = Console(stderr=True)
 
 
@@ -499,10 +499,11 @@ class Group:
         row["one_state"] = all(len({peer[n]["digest"] for peer in told}) == 1 for n in range(syncs))
         return row
 
-    def bare(self, size: int, syncs: int, warm: int, seconds: float) -> dict[str, Any]:
+    def bare(self, way: str, millions: int, syncs: int, warm: int, seconds: float) -> dict[str, Any]:
+        size = int(2e6 * millions * BARE[way] / len(self.workers))
         before = self.received() if self.received else None
         asked = {"bytes": size, "syncs": syncs, "warm": warm, "seconds": seconds}
-        return self._row("bare", self.all("bare", genesis=time.time() + 0.5, **asked), before, syncs, warm)
+        return self._row(way, self.all("bare", genesis=time.time() + 0.5, **asked), before, syncs, warm)
 
     def theirs(self, way: str, millions: int, syncs: int, warm: int) -> dict[str, Any]:
         before = self.received() if self.received else None
@@ -561,7 +562,7 @@ def shaped(home: Path, peers: int, mbit: float) -> Iterator[Group]:
 
 def _end(workers: Sequence[Worker]) -> None:
     for worker in workers:
-        said = [line for line in worker.complaints().splitlines() if "swarm." in line or "Error" in line]
+        said = [line for line in worker.complaints().splitlines() if "swarm." in line or line.startswith("Error")]
         if said:
             console.print(f"peer {worker.number}: " + "\n".join(said[:6]), style="dim", markup=False)
     threads = [threading.Thread(target=worker.close) for worker in workers]
@@ -587,11 +588,7 @@ def measure(
     rows = {}
     group.open()
     for way, seconds in ours.items():
-        if way == "bare":
-            size = int(2e6 * millions * BARE["shaped" if group.received else "loopback"] / len(group.workers))
-            rows[way] = group.bare(size, *counts(way), seconds)
-        else:
-            rows[way] = group.ours(way, millions, *counts(way), seconds)
+        rows[way] = (group.bare if way in BARE else group.ours)(way, millions, *counts(way), seconds)
     group.all("close ours")
     if theirs:
         group.open_theirs()
@@ -607,7 +604,7 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
     for way, row in rows.items():
         parts = " + ".join(f"{each:.2f}" for each in row["parts"].values()) if "parts" in row else ""
         size = row["line_mb"] or row.get("counted_mb")
-        name = "bare streams" if way == "bare" else f"Potluck {way}" if way in OURS else f"hivemind {way}"
+        name = f"bare streams {BARE[way]:g} B" if way in BARE else f"{'Potluck' if way in OURS else 'hivemind'} {way}"
         finding = f"{row['finding']:.2f}" if "finding" in row else ""
         table.add_row(name, f"{row['seconds']:.2f}", parts, finding, f"{row['cpu']:.2f}", f"{size:.2f}" if size else "")
     console.print(table)
@@ -648,8 +645,8 @@ def main() -> None:
             windows = {"none": 0.3 + 0.22 * millions, "int8": 0.4 + 0.09 * millions, "sparse": 0.4 + 0.09 * millions}
             if not options.quick:
                 windows = {way: 1.4 * seconds for way, seconds in windows.items()}
-            windows["bare"] = windows["none"]
-            ours = chosen(options, ("int8", "none") if options.quick else (*OURS, "bare"))
+            windows |= {"bare-int8": windows["int8"], "bare-none": windows["none"]}
+            ours = chosen(options, ("int8", "none") if options.quick else (*OURS, *BARE))
             theirs = chosen(options, ("float32", "uniform8") if options.quick else THEIRS)
             with loopback(home, options.peers) as group:
                 found["loopback"] = measure(group, {way: windows[way] for way in ours}, theirs, millions, counts)
@@ -658,8 +655,8 @@ def main() -> None:
             line = 8 / options.mbit  # seconds per MB
             of_line = {"none": 11.0, "int8": 2.0, "sparse": 0.3}
             windows = {way: 0.5 + 0.05 * millions + 2.6 * line * each * millions for way, each in of_line.items()}
-            windows["bare"] = windows["int8"]
-            ours = chosen(options, ("int8", "sparse") if options.quick else (*OURS, "bare"))
+            windows["bare-int8"] = windows["int8"]
+            ours = chosen(options, ("int8", "sparse") if options.quick else (*OURS, "bare-int8"))
             theirs = chosen(options, ("uniform8",) if options.quick else THEIRS)
             with shaped(home, options.peers, options.mbit) as group:
                 found["shaped"] = measure(group, {way: windows[way] for way in ours}, theirs, millions, shaped_counts)
@@ -686,8 +683,9 @@ def summary(found: dict[str, dict[str, dict[str, Any]]], mbit: float, millions: 
     says["sparse_bytes_ratio"] = ratio("shaped", "uniform8", "sparse", "line_mb")
     says["sparse_bytes_ratio_to_float32"] = ratio("shaped", "float32", "sparse", "line_mb")
     says["shaped_int8_speedup"] = ratio("shaped", "uniform8", "int8", "seconds")
-    says["bare_speedup"] = ratio("loopback", "float32", "bare", "seconds")
-    for name, way in (("shaped_ratio", "int8"), ("bare_shaped_ratio", "bare")):
+    says["bare_int8_speedup"] = ratio("loopback", "uniform8", "bare-int8", "seconds")
+    says["bare_none_speedup"] = ratio("loopback", "float32", "bare-none", "seconds")
+    for name, way in (("shaped_ratio", "int8"), ("bare_shaped_ratio", "bare-int8")):
         if row := found.get("shaped", {}).get(way):
             pulled = row["line_mb"] * row.get("pulled_mb", 1) / row.get("counted_mb", 1)
             says[name] = round(pulled * 8 / mbit / row["seconds"], 3)

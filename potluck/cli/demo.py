@@ -69,8 +69,9 @@ def demo(
         if not live:
             print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
 
-    # A polite kill cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A polite kill is a Ctrl-C: asyncio cancels what runs. Raising KeyboardInterrupt right here, between the fork
+    # of a peer and the line that notes it, would leave that peer behind.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     # The peers' homes lie in a short path of their own: unix sockets allow 107 characters.
     homes = Path(tempfile.mkdtemp(prefix="potluck-demo-"))
     try:

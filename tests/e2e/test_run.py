@@ -224,6 +224,28 @@ def test_a_demo_that_is_stopped_leaves_nothing() -> None:
         assert not list(folder.glob("potluck-demo-*"))
 
 
+def test_a_demo_that_is_stopped_while_it_starts_a_peer_does_not_leave_that_one() -> None:
+    script = """
+import signal, subprocess, sys
+from potluck.cli.main import main
+
+begin = subprocess.Popen._execute_child
+
+def begin_and_be_stopped(*args):
+    begin(*args)
+    signal.raise_signal(signal.SIGTERM)
+
+subprocess.Popen._execute_child = begin_and_be_stopped
+sys.argv = ["potluck", "demo", "--fast", "--out", sys.argv[1]]
+main()
+"""
+    with short_folder() as folder:
+        command = [sys.executable, "-c", script, str(folder / "out")]
+        ended = subprocess.run(command, env={**os.environ, "TMPDIR": str(folder)}, timeout=60, capture_output=True)
+        assert ended.returncode == 130, ended.stderr
+        assert processes_of(folder) == []
+
+
 def test_where_nobody_answers_a_home_that_knows_the_run_does_not_fork_it() -> None:
     async def body(party: Party) -> None:
         organizer = await party.start("org", "host", str(write_manifest(party.root)))

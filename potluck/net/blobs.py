@@ -23,7 +23,7 @@ import struct
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -188,6 +188,8 @@ class BlobStore:
         self._metas: OrderedDict[BlobId, _Meta] = OrderedDict()  # oldest first
         self._complete_bytes = 0  # of them all
         self._partial: dict[BlobId, int] = {}  # sizes; oldest first
+        #: Where in memory blobs that are held will be written.
+        self._unwritten: dict[BlobId, Path] = {}
         self._receiving: set[BlobId] = set()
         self._memory: dict[BlobId, tuple[ChunkList, _Pieces]] = {}
         #: Of blobs that are not here as a whole.
@@ -262,9 +264,9 @@ class BlobStore:
             return self._clock() - self._last_read.get(blob_id, -math.inf)
 
     def is_lent(self, blob_id: BlobId) -> bool:
-        """Whether it is served from memory (`add_memory`)."""
+        """Whether it is another's memory (`add_memory`)."""
         with self._lock:
-            return blob_id in self._memory
+            return blob_id in self._memory and blob_id not in self._unwritten
 
     def ids(self) -> list[BlobId]:
         """On disk, oldest first."""
@@ -349,9 +351,7 @@ class BlobStore:
                 self._write(self._path(blob_id, "blob"), data, sync)
                 with self._lock:
                     self._write(self._path(blob_id, "meta"), [msgspec.msgpack.encode(meta)], sync)
-                    # A fetch of the same that goes on keeps its file, and finds the blob here when it ends.
-                    if self._partial.pop(blob_id, None) is not None:
-                        self._path(blob_id, "part").unlink(missing_ok=True)
+                    self._forget_partial(blob_id)
                     self._add(blob_id, meta)
             except BaseException:
                 with self._lock:
@@ -363,6 +363,59 @@ class BlobStore:
             finally:
                 self._being_written = 0
             return chunks.ref
+
+    def hold(self, *data: Any, reveal_at: float | None = None) -> BlobRef:
+        """As `put`, but takes only the room on the disk: `data` is served from memory, and must not change, until
+        `write_held` has written it. What is held is gone after a crash. Blocks for hashing."""
+        chunks = ChunkList.of(data)
+        blob_id = chunks.blob_id
+        with self._lock:
+            if blob_id in self._metas:
+                return chunks.ref
+            self._make_room(chunks.size, keep=blob_id)
+            path = self._temporary(self._path(blob_id, "blob"))
+            try:
+                _reserve(path, chunks.size)
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                raise _disk_error(error, path) from error
+            self._forget_partial(blob_id)
+            self.add_memory(chunks, data)
+            self._unwritten[blob_id] = path
+            self._add(blob_id, _Meta(chunks.size, chunks.digests, reveal_at))
+        return chunks.ref
+
+    def write_held(self) -> None:
+        """To disk, and out of memory. Raises DiskFull and StateError; what could not be written is still held."""
+        with self._writing:
+            with self._lock:
+                unwritten = list(self._unwritten.items())
+            for blob_id, path in unwritten:
+                self._write_held(blob_id, path)
+
+    def _write_held(self, blob_id: BlobId, path: Path) -> None:
+        try:
+            with self._lock:
+                if self._unwritten.get(blob_id) != path:  # it was removed
+                    return
+                chunks, pieces = self._memory[blob_id]
+                file = path.open("r+b", buffering=0)
+            with file:
+                _write_views(file, pieces.views(slice(0, chunks.size)))
+            with self._lock:
+                if self._unwritten.get(blob_id) != path:
+                    return
+                self._write(self._path(blob_id, "meta"), [msgspec.msgpack.encode(self._metas[blob_id])], False)
+                path.rename(self._path(blob_id, "blob"))
+                del self._unwritten[blob_id]
+                self.drop_memory(blob_id)
+        except OSError as error:
+            raise _disk_error(error, path) from error
+
+    def _forget_partial(self, blob_id: BlobId) -> None:
+        """A fetch of the same that goes on keeps its file, and finds the blob here when it ends."""
+        if self._partial.pop(blob_id, None) is not None:
+            self._path(blob_id, "part").unlink(missing_ok=True)
 
     def pin(self, blob_id: BlobId) -> None:
         """Never evict it. Raises BlobNotFound."""
@@ -378,6 +431,8 @@ class BlobStore:
                 raise BlobNotFound(f"blob {blob_id[:12]} is not here")
             if meta.pinned != pinned:
                 meta.pinned = pinned
+                if blob_id in self._unwritten:
+                    return
                 self._write(self._path(blob_id, "meta"), [msgspec.msgpack.encode(meta)], False)
 
     def remove(self, blob_id: BlobId) -> None:
@@ -387,13 +442,17 @@ class BlobStore:
             self._complete_bytes -= meta.size if meta else 0
             self._partial.pop(blob_id, None)
             self._maps.pop(blob_id, None)
+            if (unwritten := self._unwritten.pop(blob_id, None)) is not None:
+                unwritten.unlink(missing_ok=True)
+                self.drop_memory(blob_id)
             self._unlink(blob_id)
 
     def remove_older(self, seconds: float) -> None:
         """Remove unpinned blobs, whole or not, last written before that: what an earlier session left behind."""
         before = time.time() - seconds
         with self._lock:
-            unpinned = [blob_id for blob_id, meta in self._metas.items() if not meta.pinned]
+            written = self._metas.keys() - self._unwritten.keys()
+            unpinned = [blob_id for blob_id in written if not self._metas[blob_id].pinned]
             for blob_id, suffix in [(b, "blob") for b in unpinned] + [(b, "part") for b in self._partial]:
                 try:
                     old = self._path(blob_id, suffix).stat().st_mtime < before
@@ -436,13 +495,10 @@ class BlobStore:
         self._evict_down_to(self.quota_bytes - size + already, keep)
 
     def _write(self, path: Path, data: Sequence[Any], sync: bool) -> None:
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = self._temporary(path)
         try:
             with temporary.open("xb", buffering=0) as file:
-                # One call for much more than a mebibyte makes the kernel look for huge pages: ten times as slow.
-                for view in map(bytes_view, data):
-                    for start in range(0, len(view), CHUNK_BYTES):
-                        _write_all(file, view[start : start + CHUNK_BYTES])
+                _write_views(file, map(bytes_view, data))
                 if sync:
                     os.fsync(file.fileno())
             temporary.rename(path)
@@ -451,6 +507,10 @@ class BlobStore:
             if isinstance(error, OSError):
                 raise _disk_error(error, path) from error
             raise
+
+    def _temporary(self, path: Path) -> Path:
+        """Beside it; what of that an earlier process left is removed at the start."""
+        return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
     # --- memory
 
@@ -506,9 +566,7 @@ class BlobStore:
                 meta = msgspec.msgpack.encode(_Meta(chunks.size, chunks.digests))
                 try:
                     self._write(self._path(blob_id, "meta"), [meta], False)
-                    with path.open("xb") as file:
-                        # Reserved now: a full disk must be an error here, not a SIGBUS in the map later.
-                        os.posix_fallocate(file.fileno(), 0, chunks.size)
+                    _reserve(path, chunks.size)  # a full disk must be an error here, not a SIGBUS in the map later
                 except OSError as error:
                     self._unlink(blob_id)
                     raise _disk_error(error, path) from error
@@ -560,9 +618,20 @@ def _map(path: Path, size: int, *, writable: bool = False) -> memoryview:
     return memoryview(mapped)
 
 
-def _write_all(file: io.RawIOBase, view: memoryview) -> None:
-    while len(view):
-        view = view[file.write(view) :]
+def _reserve(path: Path, size: int) -> None:
+    """A new file, for which the disk has room. Raises OSError."""
+    with path.open("xb") as file:
+        if size:
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _write_views(file: io.RawIOBase, views: Iterable[memoryview]) -> None:
+    for view in views:
+        # One call for much more than a mebibyte makes the kernel look for huge pages: ten times as slow.
+        for start in range(0, len(view), CHUNK_BYTES):
+            left = view[start : start + CHUNK_BYTES]
+            while len(left):
+                left = left[file.write(left) :]
 
 
 def _disk_error(error: OSError, path: Path) -> PotluckError:

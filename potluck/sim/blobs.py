@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from potluck.net.blobs import BlobId, BlobStore
+from potluck.net.blobs import BlobId, BlobRef, BlobStore
 
 
 class MemoryBlobStore(BlobStore):
@@ -14,6 +14,9 @@ class MemoryBlobStore(BlobStore):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self._held: dict[str, bytes] = {}
         super().__init__(*arguments, **keywords)
+
+    def hold(self, *data: Any, reveal_at: float | None = None) -> BlobRef:
+        return self.put(*data, reveal_at=reveal_at)
 
     def _write(self, path: Path, data: Any, sync: bool) -> None:
         if path.suffix == ".blob":

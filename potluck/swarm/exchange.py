@@ -6,6 +6,7 @@ Tests put a fake behind the protocol; `NetworkExchange` is the DHT directory plu
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from potluck.dht.directory import Directory
 from potluck.dht.records import Commit, Replica, Signed, Weights
-from potluck.errors import CapTooLow
+from potluck.errors import CapTooLow, PotluckError
 from potluck.net.blobs import CHUNK_BYTES, BlobId, BlobRef, BlobStore
 from potluck.net.fetch import FetchReport, Kept, fetch, fetch_chunks
 from potluck.net.host import PeerId
@@ -27,6 +28,8 @@ from potluck.swarm.recycled import Recycled
 from potluck.swarm.slice_board import SliceBoard
 from potluck.swarm.slices import Aggregated
 from potluck.swarm.state import ReplicaState
+
+log = logging.getLogger(__name__)
 
 #: Memory that recent states may take beyond the current and the previous one, which are always served.
 STATE_BYTES = 256 * 2**20
@@ -53,8 +56,12 @@ class Exchange(Protocol):
         ...
 
     async def offer(self, buffers: Sequence[Buffer], reveal_at: float) -> BlobRef:
-        """Serve a blob, of buffers one behind the other, from `reveal_at` on. Raises DiskFull, and CapTooLow where
-        nobody could have it in time."""
+        """Serve a blob, of buffers one behind the other, from `reveal_at` on; they must not change until `settle`.
+        Raises DiskFull, and CapTooLow where nobody could have it in time."""
+        ...
+
+    async def settle(self) -> None:
+        """Write to disk what was offered: a restart will serve it again."""
         ...
 
     def offer_state(self, state: ReplicaState) -> None:
@@ -189,9 +196,12 @@ class NetworkExchange:
         size = sum(map(len, buffers))
         # To commit to it all the same would leave the others without it, and us with a state of our own.
         _check_cap("upload", self._rpc.upload, size, self._pull_seconds, "a contribution of {:.2f} MB is to be had")
-        ref = await asyncio.to_thread(self._store.put, *buffers, reveal_at=reveal_at)
+        ref = await asyncio.to_thread(self._store.hold, *buffers, reveal_at=reveal_at)
         self._keep(ref.id)
         return ref
+
+    async def settle(self) -> None:
+        await asyncio.to_thread(self._store.write_held)
 
     def offer_state(self, state: ReplicaState) -> None:
         if any(served.digest == state.digest for served in self._states):
@@ -309,7 +319,7 @@ class NetworkExchange:
         return into, report.bytes_by_holder
 
     def close(self) -> None:
-        """Serve nothing of this replica any more."""
+        """Serve nothing of this replica any more but what is on disk."""
         for kept in list(self._lent):
             self.drop_chunks(kept)
         for state in self._states:
@@ -317,6 +327,10 @@ class NetworkExchange:
         self._states.clear()
         while self._sliced:
             self._board.forget(*self._sliced.popleft()[1:])
+        try:
+            self._store.write_held()
+        except PotluckError as error:
+            log.warning("swarm.exchange.unwritten error=%s", error)
 
     def _keep(self, blob: BlobId) -> None:
         """Contributions go when nobody can need them any more; the quota is only the last resort."""

@@ -372,11 +372,19 @@ class GossipReplica(Follower):
                 f"the commit of round {window.round} to be stored", window.commit_by, "the round is sat out"
             ):
                 mine.published = await self._publish(mine.commit, window, left)
+        # The disk's turn comes while the group waits for the deadline.
+        self._behind.append(asyncio.create_task(self._settle()))
         if mine.published:
             self._published.append(window.round)
         else:
             self._keep_unsent(contribution, window.round)
             self._emit("swarm.round.skipped", round=window.round, steps=mine.result.steps, reason="not_stored")
+
+    async def _settle(self) -> None:
+        try:
+            await self._exchange.settle()
+        except DiskFull as error:  # it took the room before: on few file systems
+            self._emit("peer.disk.full", error=str(error))
 
     async def _committed_before(self, window: Window) -> bool:
         """Whether this peer died in this very round, after its commit, and came back within it.

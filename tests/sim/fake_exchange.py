@@ -50,6 +50,8 @@ class World:
     own: dict[tuple[str, int, int], dict[PeerId, Signed[Commit]]] = field(default_factory=dict)
     announced: dict[str, dict[PeerId, Signed[Replica]]] = field(default_factory=dict)
     blobs: dict[str, dict[PeerId, tuple[bytes, float]]] = field(default_factory=dict)
+    #: Blobs on somebody's disk.
+    settled: set[str] = field(default_factory=set)
     told: dict[tuple[str, int, PeerId, int], asyncio.Future[Told | None]] = field(default_factory=dict)
     received: Counter[PeerId] = field(default_factory=Counter)
     faults: dict[PeerId, Faults] = field(default_factory=dict)
@@ -102,6 +104,11 @@ class FakeExchange:
         ref = ChunkList.of([served]).ref
         self.world.blobs.setdefault(ref.id, {}).setdefault(self.peer, (served, reveal_at))  # as the real store
         return ref
+
+    async def settle(self) -> None:
+        if self.faults.disk_full:
+            raise DiskFull("the disk is full")
+        self.world.settled |= {blob for blob, served in self.world.blobs.items() if self.peer in served}
 
     def offer_state(self, state: ReplicaState) -> None:
         blob = b"".join(state.buffers)

@@ -313,6 +313,41 @@ def test_a_full_disk_costs_the_rounds_that_it_lasts() -> None:
     simulate(body, codec="sparse")
 
 
+def test_contributions_are_on_disk_before_others_may_have_them() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(2)]
+        for round_ in (3, 4):
+            await swarm.until(swarm.replicas[peers[0]].rules.clock.window(Round(round_)).read_from)
+            (commits,) = [found for key, found in swarm.world.commits.items() if key[1] == round_]
+            assert commits.keys() == set(peers)
+            assert {signed.record.blob for signed in commits.values()} <= swarm.world.settled
+
+    simulate(body)
+
+
+def test_a_disk_that_is_full_after_all_when_a_contribution_is_written_costs_no_round() -> None:
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(i) for i in range(2)]
+        await swarm.until(31.0)
+        settle = FakeExchange.settle
+
+        async def full(exchange: FakeExchange) -> None:
+            swarm.world.of(exchange.peer).disk_full = exchange.peer == peers[1]
+            try:
+                await settle(exchange)
+            finally:
+                swarm.world.of(exchange.peer).disk_full = False
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FakeExchange, "settle", full)
+            await swarm.until(51.0)
+        assert [e for e in swarm.events[peers[1]] if e["event"] == "peer.disk.full"]
+        assert not [e for e in swarm.events[peers[1]] if e["event"] == "swarm.round.skipped"]
+        assert all(len(swarm.digests(round_)) == 1 for round_ in (3, 4))
+
+    simulate(body)
+
+
 def test_what_was_not_published_stays_in_the_error_feedback() -> None:
     async def body(swarm: Swarm) -> None:
         peers = [swarm.start(i) for i in range(2)]

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potluck.errors import BlobError, BlobUnavailable, RpcRemoteError, UserError
+from potluck.errors import BlobError, BlobUnavailable, DiskFull, RpcRemoteError, UserError
+from potluck.net import blobs
 from potluck.net.blobs import (
     CHUNK_BYTES,
     BlobId,
@@ -116,6 +117,93 @@ def test_full_disk_names_the_path_and_leaves_nothing(tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match=f"disk is full.*{tmp_path}"):
         store.put(blob(1000))
     assert os.listdir(tmp_path) == [] and not store.ids()
+
+
+def test_what_is_held_is_on_disk_once_it_was_written(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 1 << 30, clock=lambda: 100.0)
+    data, mark = np.frombuffer(blob(CHUNK_BYTES + 5), np.uint8), b"mark"
+    ref = store.hold(data, mark, reveal_at=107.0)
+    whole = data.tobytes() + mark
+
+    def assert_served() -> None:
+        assert store.has(ref.id) and not store.is_lent(ref.id) and store.read(ref.id) == whole
+        assert b"".join(store.chunk(ref.id, i) for i in range(2)) == whole
+        assert store.seconds_until_revealed(ref.id) == 7.0 and store.used_bytes == ref.size
+
+    assert_served()
+    assert np.shares_memory(np.frombuffer(store.chunk(ref.id, 0), np.uint8), data)
+    assert store.hold(data, mark) == store.put(data, mark) == ref  # and is revealed no earlier
+    store.pin(ref.id)
+    store.remove_older(0)
+    store.write_held()
+    assert_served()
+    assert not np.shares_memory(np.frombuffer(store.chunk(ref.id, 0), np.uint8), data)
+    store = BlobStore(tmp_path, 1 << 30, clock=lambda: 100.0)
+    assert_served()
+    store.quota_bytes = 0
+    assert store.evict() == []  # it was pinned before it was written
+
+
+def test_what_is_held_is_gone_without_a_trace_after_a_crash_or_when_it_is_removed(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 2500)
+    crashed = store.hold(blob(1000)).id
+    assert not BlobStore(tmp_path / "other", 2500).has(crashed) and len(os.listdir(tmp_path)) == 2
+    store = BlobStore(tmp_path, 2500)
+    assert not store.has(crashed) and os.listdir(tmp_path) == ["other"]
+    first, second = store.hold(blob(1000, 1)).id, store.hold(blob(1000, 2)).id
+    third = store.hold(blob(1000, 3)).id  # for which there is room without the first
+    store.remove(second)
+    assert store.ids() == [third] and store.used_bytes == 1000
+    for gone in (first, second):
+        with pytest.raises(BlobNotFound):
+            store.chunk(gone, 0)
+    store.write_held()
+    assert sorted(os.listdir(tmp_path)) == sorted(["other", f"{third}.blob", f"{third}.meta"])
+    with pytest.raises(UserError, match="--disk-quota"):
+        store.hold(blob(2501, 4))
+    assert store.ids() == [third]
+
+
+def test_what_is_removed_and_held_again_while_it_is_written_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BlobStore(tmp_path, 1 << 30)
+    ref = store.hold(blob(1000))
+    write, calls = blobs._write_views, 0
+
+    def interrupted(file: Any, views: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            store.remove(ref.id)
+            store.hold(blob(1000))
+        write(file, views)
+
+    monkeypatch.setattr(blobs, "_write_views", interrupted)
+    store.write_held()
+    assert calls == 1 and store.read(ref.id) == blob(1000) and not list(tmp_path.glob("*.blob"))
+    store.write_held()
+    assert BlobStore(tmp_path, 1 << 30).read(ref.id) == blob(1000)
+
+
+def test_a_disk_too_full_for_what_is_held_is_said_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = BlobStore(tmp_path, 1 << 30)
+    with monkeypatch.context() as patch, pytest.raises(DiskFull, match=f"disk is full.*{tmp_path}"):
+        patch.setattr(os, "posix_fallocate", full)
+        store.hold(blob(1000))
+    assert os.listdir(tmp_path) == [] and not store.ids() and store.used_bytes == 0
+    ref = store.hold(blob(1000))
+    with monkeypatch.context() as patch, pytest.raises(DiskFull, match=f"disk is full.*{tmp_path}"):
+        patch.setattr(blobs, "_write_views", full)
+        store.write_held()
+    assert store.read(ref.id) == blob(1000) and not BlobStore(tmp_path / "other", 1 << 30).has(ref.id)
+    store.write_held()
+    assert BlobStore(tmp_path, 1 << 30).read(ref.id) == blob(1000)
 
 
 def test_unfinished_and_damaged_files_are_removed_at_start(tmp_path: Path) -> None:

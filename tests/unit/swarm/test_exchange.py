@@ -56,6 +56,24 @@ def test_chunks_of_a_blob_here_that_has_another_size_are_refused(tmp_path: Path)
         asyncio.run(exchange.fetch_chunks(wrong, PeerId("p"), [3], 1.0, lambda index, data: None))
 
 
+@pytest.mark.parametrize("how", ["settled", "closed"])
+def test_what_was_offered_outlives_the_process_once_it_is_settled(tmp_path: Path, how: str) -> None:
+    async def go() -> BlobRef:
+        rpc: Any = SimpleNamespace(upload=Pace(None))
+        exchange = NetworkExchange(None, rpc, BlobStore(tmp_path, 10**9), 60.0, 3)  # type: ignore[arg-type]
+        ref = await exchange.offer([b"contri", b"bution"], 1e10)
+        assert not list(tmp_path.glob("*.blob"))
+        if how == "settled":
+            await exchange.settle()
+        else:
+            exchange.close()
+        return ref
+
+    ref = asyncio.run(go())
+    again = BlobStore(tmp_path, 10**9)
+    assert again.read(ref.id) == b"contribution" and again.seconds_until_revealed(ref.id) > 0
+
+
 @pytest.mark.parametrize("rate", [None, 60_000])
 def test_what_passes_in_time_is_offered(tmp_path: Path, rate: float | None) -> None:
     assert offer(tmp_path, rate, 100_000).size == 100_000

@@ -71,6 +71,7 @@ def demo(
 
     # A polite kill is a Ctrl-C: asyncio cancels what runs. Raising KeyboardInterrupt right here, between the fork
     # of a peer and the line that notes it, would leave that peer behind.
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     # The peers' homes lie in a short path of their own: unix sockets allow 107 characters.
     homes = Path(tempfile.mkdtemp(prefix="potluck-demo-"))

@@ -38,7 +38,7 @@ from potluck.swarm.ownership import MARK_BYTES, owned_by
 from potluck.swarm.phases import Round
 from potluck.swarm.pull import Puller, View
 from potluck.swarm.recycled import Recycled
-from potluck.swarm.slice_board import NOT_HEARD, NothingTold
+from potluck.swarm.slice_board import MOST_WAITING, NOT_HEARD, NothingTold
 from potluck.swarm.slices import (
     MAX_ACCUSED,
     Accusation,
@@ -320,7 +320,7 @@ class SlicedPuller(Puller):
     ) -> None:
         """Pull members' own segments, from themselves or from one `holder`; `kept`: to show them. `then` has each as
         soon as it came from all who give it in time; `view` hears of those who do not. Of no segments: ask whether they
-        answer at all."""
+        answer at all (but for blobs of one chunk: those have no list to ask for)."""
         parts: dict[int, dict[PeerId, Contribution]] = {segment: {} for segment in segments}
         awaited = {segment: set(commits) for segment in segments}
 
@@ -430,11 +430,11 @@ class SlicedPuller(Puller):
                 one.failed.add(peer)
 
         async def take_on(at_once: int) -> None:
-            while waiting and at_once <= self._exchange.window(peer):
+            while waiting and at_once <= self._exchange.window(peer) and self._now() < until:
                 await take(waiting.popleft())
 
         async with asyncio.TaskGroup() as group:
-            for number in range(WINDOW):
+            for number in range(max(1, min(WINDOW, MOST_WAITING // len(one.commits)))):
                 group.create_task(take_on(number + 1))
 
     async def _told(

@@ -213,7 +213,10 @@ def test_a_stop_ends_a_peer_that_nobody_listens_to() -> None:
 def test_a_demo_that_is_stopped_leaves_nothing() -> None:
     with short_folder() as folder:
         command = [sys.executable, "-m", "potluck", "demo", "--fast", "--out", str(folder / "out")]
-        demo = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(folder)}, stderr=subprocess.PIPE)
+        in_background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as a script's `potluck demo &`
+        demo = subprocess.Popen(
+            [*in_background, *command], env={**os.environ, "TMPDIR": str(folder)}, stderr=subprocess.PIPE
+        )
         deadline = time.monotonic() + 120
         while len(processes_of(folder)) < 4:  # itself, the organizer, its daemon, a worker
             assert time.monotonic() < deadline and demo.poll() is None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_gossip import LAYOUT, RULES, Swarm
 
 import fake_exchange
+from fake_exchange import FakeExchange
 
 RAW = replace(RULES, clip=False)
 #: Of the tests' layout, 647 values: six segments of `none`, three of `int8`.
@@ -96,6 +99,39 @@ def test_all_hold_one_state_close_to_that_of_whole_rounds(codec: str) -> None:
     _, whole, _ = ends(codec, False, True)
     _, in_slices, _ = ends(codec, True, True)
     assert np.linalg.norm(in_slices - whole) < 0.15 * np.linalg.norm(whole)
+
+
+@pytest.mark.parametrize("windows", [[4], [1], [4, 1, 3, 2]])
+def test_however_many_segments_are_asked_for_at_once_all_come(
+    windows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it changes while they come."""
+    of_each, most = Counter[tuple[PeerId, PeerId]](), 0
+    told_slice, at_once = FakeExchange.told_slice, cycle(windows)
+
+    async def counted(exchange: FakeExchange, peer: PeerId, *rest: Any) -> Any:
+        nonlocal most
+        pair = exchange.peer, peer
+        of_each[pair] += 1
+        most = max(most, of_each[pair])
+        try:
+            return await told_slice(exchange, peer, *rest)
+        finally:
+            of_each[pair] -= 1
+
+    monkeypatch.setattr(FakeExchange, "told_slice", counted)
+    monkeypatch.setattr(FakeExchange, "window", lambda exchange, peer: next(at_once))
+
+    async def body(swarm: Swarm) -> None:
+        peers = [swarm.start(number) for number in range(2)]
+        await swarm.until(45.0)
+        for round_ in range(4):
+            assert len(swarm.digests(round_)) == 1
+        said = {event["event"] for peer in peers for event in swarm.events[peer]}
+        assert not said & {"swarm.slices.raw", "swarm.slices.failed", "swarm.slices.late"}
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="none")
+    assert most == min(max(windows), 3)  # of six segments each has three
 
 
 def test_segments_of_who_is_silent_are_pulled_raw() -> None:

@@ -195,6 +195,12 @@ class RoundsPart(_Part):
         "validators and with rounds.exchange whole",
     )
 
+    @property
+    def uploads(self) -> int:
+        """How often as much as a contribution passes an uplink in a round: in slices its own parts, and as many that
+        were aggregated here."""
+        return 2 if self.exchange == "sliced" else 1
+
     @model_validator(mode="after")
     def _exchange_fits(self) -> Self:
         most = self.seconds if self.overlap else self.seconds / 2

@@ -308,7 +308,7 @@ def weigh(asked: Asked, manifest: Manifest, machine: MachineFacts, settings: Pee
         contribution_bytes=contributions,
         snapshot_bytes=snapshot,
         memory_bytes=memory,
-        blob_bytes=blob,
+        blob_bytes=rounds.uploads * blob,
         pull_bytes=_pulled_contributions(manifest, asked.peers) * blob,
         pull_seconds=PULL_SHARE * rounds.exchange_seconds,
         upload_cap=settings.network.upload,

@@ -374,7 +374,7 @@ def run_findings(run: RunFacts, machine: MachineFacts) -> list[Finding]:
 
 def _uplink(run: RunFacts, line: Line | None) -> list[Finding]:
     """Whether others can have this peer's contribution in time."""
-    what = f"a contribution has {run.blob_bytes / 1e6:.2f} MB at most, to be had in {run.pull_seconds:.1f} s: it takes"
+    what = f"a round sends {run.blob_bytes / 1e6:.2f} MB at most, to be had in {run.pull_seconds:.1f} s: it takes"
     needed, measured = run.blob_bytes / run.pull_seconds, line.upload if line else None
     return _link("upload", what, needed, measured, run.upload_cap, "rounds are sat out otherwise")
 

@@ -125,8 +125,8 @@ class RunFacts:
     """A run as this machine would join it. Of a pipeline `module` is the stage where one more is missed most, of those
     that fit, and `problem` says why none does; else `problem` is why the whole model does not fit.
 
-    One contribution has `blob_bytes` at most, those of a group that come from others `pull_bytes`; they are to be had
-    within `pull_seconds`. `upload_cap`, `download_cap`: our own limits.
+    A contribution sends `blob_bytes` at most (in slices twice its size), those of a group that come from others have
+    `pull_bytes`; they are to be had within `pull_seconds`. `upload_cap`, `download_cap`: our own limits.
     `step_tokens` are trained in `train_seconds` at least once, or a round is lost. `state_bytes` are downloaded at
     joining, `checkpoint_bytes` are kept, and `contribution_bytes` at most for those who catch up. `snapshot_bytes`:
     main memory for a snapshot of another stage, beside the module's own `memory_bytes`.

@@ -83,6 +83,7 @@ class Around:
             keep_states=rounds.retain,
             on_progress=self.on_progress,
             pull_seconds=PULL_SHARE * rounds.exchange_seconds,
+            uploads=rounds.uploads,
             slices=self.node.slices,
         )
 

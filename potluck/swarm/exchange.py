@@ -147,7 +147,8 @@ class NetworkExchange:
     """`retain_seconds`: how long contributions are kept for those who catch up; `keep_states`: states served.
 
     `on_progress(bytes done, bytes in all)` follows a state's download. `pull_seconds`: what a round leaves for
-    contributions to be pulled. `slices`: where a sliced exchange says what it aggregated.
+    contributions to be pulled; `uploads`: how often as much as one has to pass our uplink in that time. `slices`: where
+    a sliced exchange says what it aggregated.
     """
 
     def __init__(
@@ -159,11 +160,13 @@ class NetworkExchange:
         keep_states: int,
         on_progress: Callable[[int, int], None] | None = None,
         pull_seconds: float = math.inf,
+        uploads: int = 1,
         slices: SliceBoard | None = None,
     ) -> None:
         self._directory, self._rpc, self._store = directory, rpc, store
         self._retain_seconds, self._keep_states = retain_seconds, keep_states
-        self._on_progress, self._pull_seconds, self._slices = on_progress, pull_seconds, slices
+        self._on_progress, self._slices = on_progress, slices
+        self._pull_seconds, self._uploads = pull_seconds, uploads
         self._states: list[ReplicaState] = []
         self._kept: deque[tuple[float, BlobId]] = deque()
         #: Rounds of which segments are served.
@@ -195,7 +198,10 @@ class NetworkExchange:
     async def offer(self, buffers: Sequence[Buffer], reveal_at: float) -> BlobRef:
         size = sum(map(len, buffers))
         # To commit to it all the same would leave the others without it, and us with a state of our own.
-        _check_cap("upload", self._rpc.upload, size, self._pull_seconds, "a contribution of {:.2f} MB is to be had")
+        need = "a contribution of {:.2f} MB is to be had"
+        if self._uploads > 1:
+            need += ", and as much of what is aggregated here,"
+        _check_cap("upload", self._rpc.upload, size, self._pull_seconds, need, self._uploads)
         ref = await asyncio.to_thread(self._store.hold, *buffers, reveal_at=reveal_at)
         self._keep(ref.id)
         return ref
@@ -350,13 +356,12 @@ class NetworkExchange:
         return self._rpc.bytes_sent, self._rpc.bytes_received
 
 
-def _check_cap(way: str, pace: Pace, size: int, seconds: float, need: str) -> None:
+def _check_cap(way: str, pace: Pace, size: int, seconds: float, need: str, copies: int = 1) -> None:
     """`need`: a sentence with a place for megabytes."""
     needed, rate = pace.seconds(size), pace.rate
-    if rate is not None and needed > seconds:
-        # Twice what one copy takes: others share the line, and in sliced rounds raw segments have 0.6 of the time.
-        enough = 2 * needed / seconds * rate
+    if rate is not None and copies * needed > seconds:
+        enough = 2 * needed / seconds * rate  # also where one copy is needed: others share the line
         raise CapTooLow(
             f"the {way} cap of {rate / 1e3:.0f} kB/s is too low for this run: {need.format(size / 1e6)} "
-            f"within {seconds:.1f} s; raise the cap to {enough / 1e3:.0f} kB/s, or leave"
+            f"within {seconds:.1f} s; raise the cap to {math.ceil(enough / 1e3)} kB/s (room for two), or leave"
         )

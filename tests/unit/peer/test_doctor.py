@@ -586,7 +586,7 @@ def test_a_round_brings_the_contributions_of_a_group_or_of_those_who_are_there()
     def pulled(others: int | None, **changed: Any) -> float:
         manifest = manifest_of(rounds__group_size=8, model__config__tie_word_embeddings=False, **changed)
         run = weigh(Asked(NetworkFacts(), manifest, "stage.0", peers=others), manifest, FACTS, PeerSettings())
-        return run.pull_bytes / run.blob_bytes
+        return manifest.rounds.uploads * run.pull_bytes / run.blob_bytes
 
     assert [pulled(others) for others in (None, 100, 3, 0)] == [7, 7, 3, 0]
     assert [pulled(others, rounds__exchange="sliced") for others in (100, 1)] == [2, 1]

@@ -16,11 +16,11 @@ from potluck.net.pace import Pace
 from potluck.swarm.exchange import NetworkExchange
 
 
-def offer(folder: Path, rate: float | None, size: int) -> Any:
+def offer(folder: Path, rate: float | None, size: int, uploads: int = 1) -> Any:
     async def go() -> Any:
         rpc: Any = SimpleNamespace(upload=Pace(rate))
         store = BlobStore(folder, 10**9)
-        exchange = NetworkExchange(None, rpc, store, 60.0, 3, pull_seconds=2.0)  # type: ignore[arg-type]
+        exchange = NetworkExchange(None, rpc, store, 60.0, 3, pull_seconds=2.0, uploads=uploads)  # type: ignore[arg-type]
         return await exchange.offer([bytes(size)], 0.0)
 
     return asyncio.run(go())
@@ -30,6 +30,12 @@ def test_a_contribution_that_nobody_could_have_in_time_is_not_offered(tmp_path: 
     with pytest.raises(CapTooLow, match="raise the cap to 104 kB/s"):
         offer(tmp_path, 50_000, 100_000)
     assert not list(tmp_path.glob("*.blob"))
+
+
+def test_in_slices_what_is_aggregated_has_to_pass_an_upload_cap_too(tmp_path: Path) -> None:
+    with pytest.raises(CapTooLow, match=r"of 0.10 MB is to be had, and as much .*raise the cap to 104 kB/s"):
+        offer(tmp_path, 103_000, 100_000, uploads=2)
+    assert offer(tmp_path, 104_000, 100_000, uploads=2).size == offer(tmp_path, 103_000, 100_000).size == 100_000
 
 
 @pytest.mark.parametrize(("rate", "enough"), [(None, True), (60_000, True), (50_000, False)])

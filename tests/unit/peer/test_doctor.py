@@ -394,7 +394,8 @@ def test_a_stage_is_weighed_by_itself() -> None:
 
 
 def test_what_a_run_asks_of_files_and_packages_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkup.util, "find_spec", lambda name: None)
+    find_spec, hidden = checkup.util.find_spec, ("bitsandbytes", "datasets")  # others may look for theirs meanwhile
+    monkeypatch.setattr(checkup.util, "find_spec", lambda name, *of: None if name in hidden else find_spec(name, *of))
     own_files = manifest_of(data__source="text:/etc", training__optimizer="adamw8bit")
     run = weighed(own_files)
     assert "/etc" in str(run.data_problem) and run.packages_missing == ("bitsandbytes",)

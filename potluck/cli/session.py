@@ -124,8 +124,8 @@ def check_network_options(
     """(disk quota in bytes, caps on what is sent and received in bytes per second). Raises UserError that names the
     option."""
     quota = parse_bytes("--disk-quota", disk_quota)
-    upload = parse_bytes("--upload-limit", upload_limit) if upload_limit else None
-    download = parse_bytes("--download-limit", download_limit) if download_limit else None
+    upload = parse_bytes("--upload-limit", upload_limit) if upload_limit is not None else None
+    download = parse_bytes("--download-limit", download_limit) if download_limit is not None else None
     if quota < MIN_QUOTA:
         raise UserError(f"--disk-quota {disk_quota!r}: at least 1MB; contributions need some room")
     for option, given in (("--listen", listen), ("--announce", announce)):

@@ -207,7 +207,7 @@ class RoundsPart(_Part):
         if self.exchange_seconds >= most:
             of = "rounds.seconds (with rounds.overlap)" if self.overlap else "half of rounds.seconds"
             given = f"exchange_seconds is {self.exchange_seconds:g}"
-            raise ValueError(f"{given}, allowed less than {of}, which is {most:g}")
+            raise ValueError(f"{given}, allowed less than {most:g}: {of}")
         return self
 
 

@@ -85,7 +85,7 @@ class SparseCodec(Codec):
         if not 16 <= chunk <= 65536:
             raise ValueError("chunk must be 16 to 65536 values")
         if not 1 <= k <= chunk:
-            raise ValueError("k must be 1 to chunk")
+            raise ValueError(f"k must be 1 to {chunk}, the values of a chunk")
         if not 0.0 <= beta <= 1.0:
             raise ValueError("beta must be 0 to 1")
         self.chunk, self.k, self.beta = int(chunk), int(k), float(beta)

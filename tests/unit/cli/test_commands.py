@@ -16,6 +16,7 @@ from potluck.cli.demo import _check_out as check_out
 from potluck.cli.display import event_line, spark_line
 from potluck.cli.main import main
 from potluck.cli.options import parse_bytes
+from potluck.cli.session import check_network_options
 from potluck.cli.why import _names as names_of
 from potluck.cli.why import _text as why_text
 from potluck.dht.records import Heartbeat, Signed
@@ -54,6 +55,13 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
     assert parse_bytes("--disk-quota", text) == size
 
 
+@pytest.mark.parametrize("way", ["upload", "download"])
+def test_an_empty_limit_is_not_taken_for_none(way: str) -> None:
+    limits: dict[str, Any] = {"upload_limit": None, "download_limit": None, f"{way}_limit": ""}
+    with pytest.raises(UserError, match=f"--{way}-limit ''"):
+        check_network_options(None, None, "1GB", **limits)
+
+
 @pytest.mark.parametrize("text", ["", "ten", "-5", "5XB", "1e9"])
 def test_sizes_that_are_none_name_the_setting(text: str) -> None:
     with pytest.raises(UserError, match="--disk-quota"):
@@ -80,7 +88,10 @@ def test_run_new_writes_what_host_reads_and_never_overwrites(
     [
         (["codec.name=foo"], "codec.name is 'foo', this program knows demo, int4, int8, none, sign, sparse"),
         (["aggregation.rule=foo"], "aggregation.rule is 'foo'"),
-        (["codec.name=sparse", "codec.parameters.k=0"], "codec.parameters of sparse (k = 0): k must be 1 to chunk"),
+        (
+            ["codec.name=sparse", "codec.parameters.k=0"],
+            "codec.parameters of sparse (k = 0): k must be 1 to 4096, the values of a chunk",
+        ),
         (["codec.name=sparse", "codec.parameters.k=1.5"], "codec.parameters.k is 1.5, allowed are whole numbers"),
         (["codec.name=sparse", "codec.parameters.foo=9"], "codec.parameters.foo: sparse has chunk, k, beta"),
         (["codec.name=none", "codec.parameters.k=9"], "codec.parameters.k: none has no settings"),

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from potluck.cli.daemon import ask_daemon
-from potluck.cli.display import megabytes, printable
+from potluck.cli.display import megabytes, printable, sat_out_line
 from potluck.cli.options import HomeOption, JsonOption, RunOption
 from potluck.errors import NetworkError
 
@@ -86,7 +86,7 @@ def _validates(validates: Any) -> list[str]:
     return [f"validates  {rounds or 'nothing yet'}; {validates['entries']} entries in {validates['ledger']}"]
 
 
-def _text(answer: dict[str, object]) -> str:
+def _text(answer: dict[str, Any]) -> str:
     if answer["phase"] == "not running":
         return f"run {str(answer['run'])[:8]}: {answer['detail']}"
     loss, rate = answer["loss"], answer["tokens_per_second"]
@@ -98,8 +98,8 @@ def _text(answer: dict[str, object]) -> str:
         f"speed      {rate:,.0f} tokens/s" if isinstance(rate, float) else "speed      -",
         f"traffic    up {megabytes(float(str(answer['bytes_sent'])))}, "
         f"down {megabytes(float(str(answer['bytes_received'])))}",
-        f"group      {len(answer['group'])} contributions last round"  # type: ignore[arg-type]
-        + (", training ALONE" if answer["alone"] else ""),
+        f"group      {len(answer['group'])} contributions last round" + (", training ALONE" if answer["alone"] else ""),
+        *([sat_out_line(answer["sat_out"])] if answer.get("sat_out") else []),
         *_pipeline(answer["pipeline"]),
         *_validates(answer["validates"]),
         f"invite     potluck join '{answer['invite']}'",

@@ -27,19 +27,19 @@ ASK_SECONDS: Final = 0.1
 MAX_PIECE_BYTES: Final = 1 << 20
 MIN_PIECE_BYTES: Final = 1024
 MIN_ASK_BYTES: Final = 4096
-#: What may be under way to us from one peer, in seconds of what it gives: this, and so many round trips (fewer keep TCP
-#: from growing). More only waits in routers (RFC 6817, LEDBAT), where some streams are pushed aside, and all wait for
-#: those then.
-AHEAD_SECONDS: Final = 0.06
+#: What may be under way to us from one peer, in seconds of what it gives: this, at the usual rate (bytes per second),
+#: and so many round trips (fewer keep TCP from growing). More only waits in routers (RFC 6817, LEDBAT), where some
+#: streams are pushed aside, and all wait for those then. Of who is slower it is longer, by the root: streams that are
+#: asked for in proportion to what they give stay as uneven as they are.
+AHEAD_SECONDS: Final = 0.04
+USUAL_RATE: Final = 4.2e6
 AHEAD_ROUND_TRIPS: Final = 4.0
 #: Chunks that are asked for at once of who is fast, and of who is slow.
 WINDOW: Final = 4
 SLOW_WINDOW: Final = 2
-#: Requests of one slow peer at once, about: a window of a blob's, and one of what was aggregated.
-ASKS_AHEAD: Final = 2 * SLOW_WINDOW
 #: Each request costs CPU time: at least, and from when on as much as may be.
-LEAST_ASK_BYTES: Final = 64 << 10
-LARGE_ASK_BYTES: Final = 192 << 10
+LEAST_ASK_BYTES: Final = 48 << 10
+LARGE_ASK_BYTES: Final = 256 << 10
 #: A peer that answers later is not nearer than that.
 MAX_LATENCY_SECONDS: Final = 1.0
 #: What a body counts for when the next one has come.
@@ -205,8 +205,8 @@ class Flow:
         if not self._bytes:
             return MAX_PIECE_BYTES
         rate = self._bytes / max(self._seconds, 1e-9)
-        ahead = AHEAD_SECONDS + AHEAD_ROUND_TRIPS * self._latency
-        size = _clamp(rate, ahead / ASKS_AHEAD, LEAST_ASK_BYTES)
+        ahead = AHEAD_SECONDS * math.sqrt(USUAL_RATE / rate) + AHEAD_ROUND_TRIPS * self._latency
+        size = _clamp(rate, ahead / SLOW_WINDOW, LEAST_ASK_BYTES)
         return size if size < LARGE_ASK_BYTES else MAX_PIECE_BYTES
 
 

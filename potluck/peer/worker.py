@@ -590,6 +590,7 @@ class Run:
             "rounds_alone": replica.rounds_alone if replica else 0,
             "group": list(last.group) if last else [],
             "agree": last.agree if last else None,
+            "sat_out": self._sat_out_last(),
             "clock_offset_seconds": self.clock.offset,
             "module": self.seat.module if self.seat else None,
             "pipeline": self.pipeline.status() if self.pipeline else None,
@@ -611,7 +612,7 @@ class Run:
         }
 
     async def why(self) -> dict[str, Any]:
-        last, sat_out = self.last, self._sat_out
+        last = self.last
         return {
             "phase": self.phase,
             "now": self.clock.now(),
@@ -621,10 +622,15 @@ class Run:
             "missing": dict(last.missing) if last else {},
             "late": dict(last.late) if last else {},
             "counted": counted(last.contribution_bytes, last.contributed) if last else None,
-            "sat_out": sat_out if last is None or (sat_out and sat_out["round"] >= last.round) else None,
+            "sat_out": self._sat_out_last(),
             "leaving": self._leaving,
             "leaving_after_round": self._last_round() if self._leaving else None,
         }
+
+    def _sat_out_last(self) -> dict[str, Any] | None:
+        """The last round and the reason, if it is sat out."""
+        sat_out = self._sat_out
+        return sat_out if self.last is None or (sat_out and sat_out["round"] >= self.last.round) else None
 
     async def _leave(self) -> dict[str, Any]:
         self._leaving = True

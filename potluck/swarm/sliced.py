@@ -114,6 +114,8 @@ class _Round:
     silent: set[PeerId] = field(default_factory=set)
     #: That is known.
     asked_all: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Of each, that it gave us its own of what we aggregate, or does not.
+    gave: Mapping[PeerId, asyncio.Event] = field(default_factory=lambda: defaultdict(asyncio.Event))
 
     @property
     def majority(self) -> int:
@@ -301,7 +303,9 @@ class SlicedPuller(Puller):
 
         self._exchange.begin_slices(self._module, one.number, mine, one.commits.keys())
         try:
-            await self._raw(mine, one.commits, until, aggregate_and_tell, view, kept=kept)
+            await self._raw(
+                mine, one.commits, until, aggregate_and_tell, view, kept=kept, gave=lambda peer: one.gave[peer].set()
+            )
         finally:
             self._exchange.end_slices(self._module, one.number)
             one.silent.update(view.missing.keys() & one.commits.keys())
@@ -317,10 +321,11 @@ class SlicedPuller(Puller):
         *,
         kept: Kept | None = None,
         holder: PeerId | None = None,
+        gave: Callable[[PeerId], object] = lambda peer: None,
     ) -> None:
         """Pull members' own segments, from themselves or from one `holder`; `kept`: to show them. `then` has each as
-        soon as it came from all who give it in time; `view` hears of those who do not. Of no segments: ask whether they
-        answer at all (but for blobs of one chunk: those have no list to ask for)."""
+        soon as it came from all who give it in time; `view` hears of those who do not; `gave` of who gives no more. Of
+        no segments: ask whether they answer at all (but for blobs of one chunk: those have no list to ask for)."""
         parts: dict[int, dict[PeerId, Contribution]] = {segment: {} for segment in segments}
         awaited = {segment: set(commits) for segment in segments}
 
@@ -346,6 +351,7 @@ class SlicedPuller(Puller):
                 await self._chunks(holder or peer, commit, segments, until, came, kept)
             except PotluckError as error:
                 failed(peer, error)
+            gave(peer)
             for segment in segments:
                 settle(segment, peer)
 
@@ -433,6 +439,9 @@ class SlicedPuller(Puller):
             while waiting and at_once <= self._exchange.window(peer) and self._now() < until:
                 await take(waiting.popleft())
 
+        if self._exchange.window(peer) < WINDOW:
+            # Of a line that is full its raw segments first: all others wait for what is made of them.
+            await one.gave[peer].wait()
         async with asyncio.TaskGroup() as group:
             for number in range(max(1, min(WINDOW, MOST_WAITING // len(one.commits)))):
                 group.create_task(take_on(number + 1))

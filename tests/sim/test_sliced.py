@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from potluck.errors import BlobUnavailable
+from potluck.net.blobs import BlobRef
 from potluck.net.host import PeerId
+from potluck.net.pace import SLOW_WINDOW, WINDOW
 from potluck.swarm import sliced
 from potluck.swarm.codecs import int8, none, segments
 from potluck.swarm.codecs.frame import MAX_MAGNITUDE
@@ -132,6 +134,38 @@ def test_however_many_segments_are_asked_for_at_once_all_come(
 
     simulate(body, rules=replace(RULES, sliced=True), codec="none")
     assert most == min(max(windows), 3)  # of six segments each has three
+
+
+@pytest.mark.parametrize("window", [SLOW_WINDOW, WINDOW])
+def test_of_a_full_line_raw_segments_come_first(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others wait for what is made of them."""
+    raw, told_meanwhile = Counter[tuple[PeerId, PeerId]](), list[bool]()
+    fetch_chunks, told_slice = FakeExchange.fetch_chunks, FakeExchange.told_slice
+
+    async def fetch(exchange: FakeExchange, ref: BlobRef, holder: PeerId, *rest: Any) -> None:
+        pair = exchange.peer, holder
+        raw[pair] += 1
+        try:
+            await fetch_chunks(exchange, ref, holder, *rest)
+        finally:
+            raw[pair] -= 1
+
+    async def told(exchange: FakeExchange, peer: PeerId, *rest: Any) -> Any:
+        told_meanwhile.append(raw[exchange.peer, peer] > 0)
+        return await told_slice(exchange, peer, *rest)
+
+    monkeypatch.setattr(FakeExchange, "fetch_chunks", fetch)
+    monkeypatch.setattr(FakeExchange, "told_slice", told)
+    monkeypatch.setattr(FakeExchange, "window", lambda exchange, peer: window)
+
+    async def body(swarm: Swarm) -> None:
+        for number in range(3):
+            swarm.world.of(swarm.start(number)).latency_seconds = 0.2
+        await swarm.until(45.0)
+        assert all(len(swarm.digests(round_)) == 1 for round_ in range(4))
+
+    simulate(body, rules=replace(RULES, sliced=True), codec="none")
+    assert told_meanwhile and any(told_meanwhile) == (window == WINDOW)
 
 
 def test_segments_of_who_is_silent_are_pulled_raw() -> None:

@@ -17,6 +17,7 @@ from potluck.cli.display import event_line, spark_line
 from potluck.cli.main import main
 from potluck.cli.options import parse_bytes
 from potluck.cli.session import check_network_options
+from potluck.cli.status import _text as status_text
 from potluck.cli.why import _names as names_of
 from potluck.cli.why import _text as why_text
 from potluck.dht.records import Heartbeat, Signed
@@ -123,6 +124,15 @@ def test_run_new_refuses_what_host_would_refuse(
 def test_why_says_what_became_of_contributions_and_of_leaving(answer: dict[str, Any], said: str) -> None:
     base = {"phase": "training", "now": 0.0, "waits": [], "alone": False, "rounds_alone": 0, "missing": {}, "late": {}}
     assert said in why_text({**base, "counted": True, "sat_out": None, **answer})
+
+
+@pytest.mark.parametrize("sat_out", [None, {"round": 7, "reason": "cap_too_low"}])
+def test_status_says_that_a_round_was_sat_out(sat_out: dict[str, Any] | None) -> None:
+    answer = {"run": "a" * 52, "run_name": "r", "phase": "training", "round": 8, "loss": 1.0, "tokens_per_second": 1.0}
+    peer = {"peer": "p", "name": "anna", "group": [], "alone": False, "pipeline": None, "validates": None}
+    network = {"bytes_sent": 0, "bytes_received": 0, "invite": "potluck:..."}
+    text = status_text({**answer, **peer, **network, "sat_out": sat_out})
+    assert ("round 7 is sat out: nobody could fetch" in text) == (sat_out is not None)
 
 
 def test_why_names_those_who_were_heard_of(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from potluck.net.pace import (
     AHEAD_ROUND_TRIPS,
     AHEAD_SECONDS,
-    ASKS_AHEAD,
     LARGE_ASK_BYTES,
     LEAST_ASK_BYTES,
     OVERHEAD,
+    SLOW_WINDOW,
+    USUAL_RATE,
     Flow,
     Pace,
 )
@@ -188,10 +190,19 @@ def test_what_is_asked_for_at_once_comes_within_the_time_ahead(rate: float, late
     flow.answered(latency + 0.1)
     for _ in range(bodies):
         flow.came(flow.ask_bytes, flow.ask_bytes / rate)
-    ahead = AHEAD_SECONDS + AHEAD_ROUND_TRIPS * latency
-    soon = rate * ahead / ASKS_AHEAD
+    ahead = AHEAD_SECONDS * math.sqrt(USUAL_RATE / rate) + AHEAD_ROUND_TRIPS * latency
+    soon = rate * ahead / SLOW_WINDOW
     assert flow.ask_bytes == LEAST_ASK_BYTES or flow.ask_bytes <= 1.001 * soon or soon >= 0.999 * LARGE_ASK_BYTES
     assert flow.ask_bytes == 1 << 20 or flow.ask_bytes >= 0.999 * soon - 1
+
+
+@given(st.floats(2e5, 5e6), st.floats(1.1, 10))
+def test_who_is_slower_is_asked_for_less_but_for_a_longer_time(rate: float, times: float) -> None:
+    slow, fast = Flow(), Flow()
+    for flow, its in ((slow, rate), (fast, rate * times)):
+        flow.answered(0.0)
+        flow.came(1 << 20, (1 << 20) / its)
+    assert slow.ask_bytes <= fast.ask_bytes and slow.ask_bytes / rate >= fast.ask_bytes / (rate * times)
 
 
 def test_a_stream_that_becomes_slower_is_asked_for_less_and_a_faster_one_for_more() -> None:

@@ -51,7 +51,7 @@ def run_new(
 def _setting(text: str) -> tuple[str, Any]:
     """`rounds.seconds=30` -> ("rounds.seconds", 30); values as in TOML, bare words are text."""
     name, equals, value = text.partition("=")
-    if not equals:
+    if not (equals and name.strip()):
         raise UserError(f"--set {text!r}: write it as name=value, for example rounds.seconds=30")
     try:
         return name.strip(), tomllib.loads(f"value = {value}")["value"]

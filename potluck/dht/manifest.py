@@ -8,6 +8,7 @@ check any copy of its manifest, so it may be fetched from anybody (`docs/protoco
 from __future__ import annotations
 
 import base64
+import difflib
 import hashlib
 import math
 import re
@@ -42,7 +43,12 @@ _DOMAIN: Final = b"potluck.manifest.1"
 _ENVELOPE_VERSION: Final = 1
 _RUN_ID: Final = re.compile(r"[a-z2-7]{52}")
 
-PeerIdText = Annotated[str, StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
+_PEER_ID_PATTERN: Final = r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$"
+_TITLE_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
+_NAME_PATTERN: Final = r"^[a-z][a-z0-9_-]{0,31}$"
+_SOURCE_PATTERN: Final = r"^(python-stdlib|text:.+|hf:.+)$"
+_TOKENIZER_PATTERN: Final = r"^(bytes|hf:.+)$"
+PeerIdText = Annotated[str, StringConstraints(pattern=_PEER_ID_PATTERN)]
 HashText = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Number = int | Annotated[float, Field(allow_inf_nan=False)]
 ConfigKey = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
@@ -124,11 +130,11 @@ def _check_config_scalar(key: str, value: object) -> None:
 class DataPart(_Part):
     """What it is trained on. Which samples a peer takes follows from seed, peer id and round."""
 
-    source: Annotated[str, StringConstraints(pattern=r"^(python-stdlib|text:.+|hf:.+)$", max_length=512)] = Field(
+    source: Annotated[str, StringConstraints(pattern=_SOURCE_PATTERN, max_length=512)] = Field(
         default="python-stdlib",
         description="python-stdlib (needs no download), text:PATHS (each peer's own files) or hf:DATASET",
     )
-    tokenizer: Annotated[str, StringConstraints(pattern=r"^(bytes|hf:.+)$", max_length=256)] = Field(
+    tokenizer: Annotated[str, StringConstraints(pattern=_TOKENIZER_PATTERN, max_length=256)] = Field(
         default="bytes", description="bytes (vocabulary of 256) or hf:NAME of a tokenizer on the Hub"
     )
     sequence_length: int = Field(ge=8, le=2**17, description="tokens per sample")
@@ -245,7 +251,7 @@ class TrainingPart(_Part):
 class CodecPart(_Part):
     """How a contribution becomes bytes."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = Field(
+    name: Annotated[str, StringConstraints(pattern=_NAME_PATTERN)] = Field(
         default="int8", description="none, int8, int4, sparse, demo or sign"
     )
     parameters: dict[CodecParameter, Number] = Field(
@@ -272,7 +278,7 @@ class PipelinePart(_Part):
 class AggregationPart(_Part):
     """How a group's contributions become one update."""
 
-    rule: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = Field(
+    rule: Annotated[str, StringConstraints(pattern=_NAME_PATTERN)] = Field(
         default="mean",
         description="mean, weighted by tokens and by the ledger; without validators also trimmed_mean, median, "
         "geometric_median, centered_clip, nearest",
@@ -324,9 +330,7 @@ class ManifestDraft(_Part):
     """What an organizer writes in TOML. `finish` adds what only the host command can know."""
 
     version: Literal[1] = Field(default=1, description="version of this format")
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")] = Field(
-        description="the run's name, for people"
-    )
+    name: Annotated[str, StringConstraints(pattern=_TITLE_PATTERN)] = Field(description="the run's name, for people")
     model: ModelPart = Field(description="what is trained")
     data: DataPart = Field(description="what it is trained on")
     rounds: RoundsPart = Field(description="how replicas meet")
@@ -523,25 +527,51 @@ def _validate(kind: type[M], fields: Mapping[str, Any]) -> M:
     try:
         return kind.model_validate(dict(fields))
     except pydantic.ValidationError as error:
-        problems = dict.fromkeys(_problem(kind, details) for details in error.errors())
-        raise ManifestError("\n".join(problems)) from None
+        # Of a setting that may be of several types, what the last one says.
+        problems = {_name_of(details["loc"]): _problem(kind, details) for details in error.errors()}
+        raise ManifestError("\n".join(problems.values())) from None
+
+
+#: What pydantic would say of a value's type or form, for people.
+_WANTED: Final = {
+    "dict_type": "it is a table of settings",
+    "tuple_type": 'write a list, as in ["one", "two"]',
+    _PEER_ID_PATTERN: "a peer's id begins with 12D3KooW and has 52 letters and digits (potluck identity show)",
+    _TITLE_PATTERN: "allowed are letters, digits, spaces, '.', '_' and '-', a letter or digit first, 64 at most",
+    _NAME_PATTERN: "allowed are small letters, digits, _ and -, a letter first, 32 at most",
+    _SOURCE_PATTERN: "allowed are python-stdlib, text:PATH and hf:NAME",
+    _TOKENIZER_PATTERN: "allowed are bytes and hf:NAME",
+}
+
+
+def _name_of(location: tuple[int | str, ...]) -> str:
+    """Dotted, without the type that a value was tried as."""
+    tried = len(location) > 1 and location[-1] in ("int", "float", "bool", "str")
+    return ".".join(str(part) for part in location[: -1 if tried else None])[:200]
 
 
 def _problem(kind: type[BaseModel], details: ErrorDetails) -> str:
     """One line: which field, what is wrong, what is allowed."""
-    field = ".".join(str(part) for part in details["loc"])[:200]
+    field, context = _name_of(details["loc"]), details.get("ctx", {})
     match details["type"]:
         case "extra_forbidden":
-            return f"{field} is unknown, allowed here: {', '.join(_fields_beside(kind, details['loc']))}"
+            fields = _fields_beside(kind, details["loc"])
+            meant = difflib.get_close_matches(str(details["loc"][-1]), fields, n=1)
+            hint = f" (do you mean {meant[0]}?)" if meant else ""
+            return f"{field} is unknown{hint}, allowed here: {', '.join(fields)}"
         case "missing":
             return f"{field} is missing"
         case "value_error":
-            problem = str(details["ctx"]["error"])
+            problem = str(context["error"])
             return f"{field}: {problem}" if field else problem
         case _:
             given = repr(details["input"])
             given = given if len(given) <= 60 else given[:57] + "..."
-            return f"{field} is {given}: {details['msg'][:1].lower()}{details['msg'][1:]}"
+            if details["type"] == "model_type":
+                fields = _fields_beside(kind, (*details["loc"], ""))
+                return f"{field} is {given}, but has settings of its own: {', '.join(fields)}"
+            said = f"{details['msg'][:1].lower()}{details['msg'][1:]}"
+            return f"{field} is {given}: {_WANTED.get(context.get('pattern', details['type']), said)}"
 
 
 def _fields_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,7 @@ def simulate(
     if not as_json:
         print(f"{chosen.name}: {chosen.peers} peers, {chosen.rounds} rounds, seed {chosen.seed}", flush=True)
     usable(out)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a polite kill is a Ctrl-C
     report = run(chosen, on_round=None if as_json and not sys.stderr.isatty() else _say)
     report.replay = " ".join(
         ["potluck simulate", text, *(f"--{name} {value}" for name, value in changed.items() if value is not None)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -57,6 +58,22 @@ def test_sliced_rounds_need_fewer_bytes_and_end_in_one_state() -> None:
     )
     assert column(sliced, "contributed") == [5] * 3 and column(sliced, "digests") == [1] * 3
     assert sliced.bytes_per_peer_per_round < whole.bytes_per_peer_per_round
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_is_stopped_reports_the_rounds_so_far(kill: signal.Signals, tmp_path: Path) -> None:
+    calm = PLANS[0].with_name("calm.toml")
+    arguments = ["simulate", str(calm), "--peers", "4", "--rounds", "100000", "--dht", "model", "--out", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-m", "potluck", *arguments], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert any(line.startswith("round    2") for line in process.stderr)
+            process.send_signal(kill)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+    report = json.loads((tmp_path / "calm.json").read_text())
+    assert report["interrupted"] and 2 <= len(report["rounds"]) < 100_000
 
 
 def test_the_same_seed_is_the_same_run_in_any_process_and_another_is_another() -> None:

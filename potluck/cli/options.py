@@ -74,15 +74,16 @@ LoopbackOption = Annotated[
 ]
 
 MAX_BYTES = 10**18
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_bytes(setting: str, text: str) -> int:
-    """`10GB`, `512 MB`, `100K` or a plain number. Raises UserError that names the setting."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    """`10GB`, `512 MB`, `100K`, `8GiB` (1024 each) or a plain number. Raises UserError that names the setting."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I(?=B))?)?B?\s*", text, re.IGNORECASE)
     if not match:
-        raise UserError(f"{setting} {text!r}: give a size like 10GB, 512MB or 100000")
-    size = float(match[1]) * _UNITS[match[2].upper()]
+        raise UserError(f"{setting} {text[:60]!r}: give a size like 10GB, 512MB, 8GiB or 100000")
+    number, unit, binary = match.groups()
+    size = float(number) * (1024 if binary else 1000) ** _POWERS[(unit or "").upper()]
     if size > MAX_BYTES:
         raise UserError(f"{setting} {text[:60]!r}: at most 1000000TB")
     return int(size)

@@ -92,12 +92,12 @@ class Fault(_Part):
 class Lines(_Part):
     """Home lines: medians in Mbit/s (0: no limit), log-normal with `spread`; shares of NAT classes."""
 
-    up_mbit: float = Field(default=0, ge=0)
-    down_mbit: float = Field(default=0, ge=0)
-    spread: float = Field(default=0.5, ge=0, le=3)
-    cone: float = Field(default=0, ge=0, le=1)
-    symmetric: float = Field(default=0, ge=0, le=1)
-    regions: int = Field(default=1, ge=1, le=4)
+    up_mbit: float = Field(default=0, ge=0, description="median upload; 0: no limit")
+    down_mbit: float = Field(default=0, ge=0, description="median download; 0: no limit")
+    spread: float = Field(default=0.5, ge=0, le=3, description="sigma of the lines' log-normal rates")
+    cone: float = Field(default=0, ge=0, le=1, description="share of peers behind a cone NAT: directly to each other")
+    symmetric: float = Field(default=0, ge=0, le=1, description="behind a symmetric NAT: relayed to others behind NATs")
+    regions: int = Field(default=1, ge=1, le=4, description="parts of the world, each with its latencies")
 
 
 class WeatherPart(_Part):
@@ -113,7 +113,7 @@ class WeatherPart(_Part):
 class Churn(_Part):
     """Poisson arrivals; sessions are log-normal (sigma 1.5: most are short, a few last for days); a day's wave."""
 
-    arrivals_per_round: float = Field(default=0, ge=0)
+    arrivals_per_round: float = Field(default=0, ge=0, description="peers that join in a round, in the mean")
     session_rounds: float = Field(default=0, ge=0, description="median session; 0: they stay")
     wave: float = Field(default=0, ge=0, le=1, description="amplitude of the day's wave on the arrivals")
     day_seconds: float = Field(default=86_400, gt=0, description="length of the wave")

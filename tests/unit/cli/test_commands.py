@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tomllib
@@ -51,7 +52,13 @@ def test_exit_codes_are_documented(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "Exit codes: 0 done" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("text", "size"), [("10GB", 10**10), ("512 mb", 512 * 10**6), ("1.5K", 1500), ("7", 7)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        *(("10GB", 10**10), ("512 mb", 512 * 10**6), ("1.5K", 1500), ("7", 7), ("9B", 9)),
+        *(("8GiB", 8 * 2**30), ("1.5 kib", 1536)),
+    ],
+)
 def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
     assert parse_bytes("--disk-quota", text) == size
 
@@ -63,7 +70,7 @@ def test_an_empty_limit_is_not_taken_for_none(way: str) -> None:
         check_network_options(None, None, "1GB", **limits)
 
 
-@pytest.mark.parametrize("text", ["", "ten", "-5", "5XB", "1e9"])
+@pytest.mark.parametrize("text", ["", "ten", "-5", "5XB", "1e9", "5iB", "5Ki"])
 def test_sizes_that_are_none_name_the_setting(text: str) -> None:
     with pytest.raises(UserError, match="--disk-quota"):
         parse_bytes("--disk-quota", text)
@@ -225,3 +232,20 @@ def test_spark_lines_have_one_mark_a_value(values: list[float]) -> None:
 def test_events_nobody_reads_are_not_shown() -> None:
     assert event_line({"event": "swarm.round.started"}) is None
     assert "50 %" in str(event_line({"event": "swarm.state.progress", "bytes": 5, "of": 10}))
+
+
+def test_ctrl_c_while_commands_are_imported_ends_without_a_traceback() -> None:
+    script = """
+import importlib.abc, os, signal, sys
+
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "potluck.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from potluck.__main__ import main
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGINT and not ended.stdout and not ended.stderr

@@ -277,7 +277,8 @@ async def until_all_see(watching: list[Viewer], tasks: list[asyncio.Task[None]])
 def make_run(home: Home) -> RunFolder:
     """A manifest is all that pages need of a run."""
     identity, now = home.identity(), time.time()
-    draft = preset_draft("demo", "watched", {"model.stages": STAGES, "rounds.seconds": ROUND_SECONDS})
+    stages = {"model.stages": STAGES, "model.config.tie_word_embeddings": False}
+    draft = preset_draft("demo", "watched", stages | {"rounds.seconds": ROUND_SECONDS})
     signed = sign(draft.finish(identity.peer_id, created=now, genesis=now), identity)
     folder = home.run(signed.run_id)
     folder.save_manifest(signed)

@@ -49,6 +49,7 @@ def write_run(
         "rounds.seconds": ROUND_SECONDS,
         "rounds.exchange_seconds": 8.0,
         "model.config.num_hidden_layers": 8,
+        "model.config.tie_word_embeddings": False,
         "model.stages": stages,
         "incentives.validators": [VALIDATOR.peer_id],
     }

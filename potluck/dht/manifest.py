@@ -370,6 +370,11 @@ class ManifestDraft(_Part):
                 raise ValueError(f"rounds.{name} is for data-parallel runs: model.stages must be 1")
             if used and self.incentives.validators:
                 raise ValueError(f"rounds.{name} does not go with incentives.validators: {why}")
+        if self.model.stages > 1 and self.model.config.get("tie_word_embeddings") is True:
+            raise ValueError(
+                "model.config.tie_word_embeddings is true, but the first stage has the embedding, the last the head, "
+                "and the two copies would drift apart: set it to false, or model.stages to 1"
+            )
         if self.rounds.stream > 1 and self.rounds.exchange != "whole":
             raise ValueError('rounds.stream goes with rounds.exchange "whole" only')
         if self.rounds.exchange == "sliced" and (self.codec.name not in SLICED_CODECS or self.incentives.validators):

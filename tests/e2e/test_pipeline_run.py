@@ -135,7 +135,8 @@ def test_a_stage_whose_replicas_all_die_comes_back_from_a_snapshot_with_somebody
 
 def test_what_cannot_be_cut_is_refused_with_the_setting_and_the_fix() -> None:
     with short_folder() as folder:
-        manifest = write_manifest(folder, model__stages=2, model__config__tie_word_embeddings=True)
+        manifest = write_manifest(folder, **STAGES)
+        manifest.write_text(manifest.read_text().replace("tie_word_embeddings = false", "tie_word_embeddings = true"))
         done = potluck("host", str(manifest), "--home", str(folder / "h"), "--loopback")
         assert done.returncode == 4 and "tie_word_embeddings" in done.stderr
         manifest = write_manifest(folder, **STAGES)

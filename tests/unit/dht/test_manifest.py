@@ -161,6 +161,10 @@ def test_any_value_anywhere_is_read_or_refused_clearly(value, where) -> None:
         ({"training__warmup_steps": 3000}, r"warmup_steps is 3000, allowed at most total_steps, which is 2000"),
         ({"data__source": "http://x"}, r"data\.source is 'http://x': allowed are python-stdlib, text:PATH and hf:NAME"),
         ({"data__sequence_length": 1024}, r"data\.sequence_length is 1024, allowed at most .*, which is 512"),
+        (
+            {"model__stages": 2},
+            r"tie_word_embeddings is true, .*set it to false",
+        ),
         ({"model__stages": 5}, r"model\.stages is 5, allowed at most the number of layers .*, which is 4"),
         ({"model__config__vocab_size": 100}, r"vocab_size is 100, allowed at least 256"),
         (

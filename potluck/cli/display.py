@@ -88,7 +88,9 @@ def event_line(event: Event) -> str | None:
         case "swarm.state.failed":
             return f"the group's state could not be loaded: {event['error']}"
         case "swarm.join.alone":
-            return f"nobody else is training: starting alone from round {event['from_round']}'s state"
+            if event["round"] == 0:
+                return "nobody is ahead: training begins with round 0"
+            return f"nobody gave the run's state: training goes on alone from round {event['from_round']}'s"
         case "swarm.round.skipped":
             return sat_out_line(event)
         case "swarm.pipeline.trained" if event["microbatches"]:

@@ -249,3 +249,11 @@ main()
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert ended.returncode == -signal.SIGINT and not ended.stdout and not ended.stderr
+
+
+def test_who_begins_with_the_run_is_not_told_that_it_is_alone() -> None:
+    def line(round_: int, from_round: int) -> str:
+        return event_line({"event": "swarm.join.alone", "round": round_, "from_round": from_round}) or ""
+
+    assert "alone" not in line(0, 0)
+    assert "round 3" in line(7, 3) and "alone" in line(7, 3)

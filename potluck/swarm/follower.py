@@ -22,13 +22,13 @@ from potluck.dht.shards import count_replicas, estimate_replicas, next_shards, s
 from potluck.errors import CodecError, NetworkError, ProtocolError, StateError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.host import PeerId
+from potluck.swarm.advance import Advance
 from potluck.swarm.aggregate import aggregate, token_weights
 from potluck.swarm.agreement import Agreement, Claim, agreement
 from potluck.swarm.codecs import Codec
-from potluck.swarm.contribution import SLAB_VALUES, Segments
 from potluck.swarm.exchange import Exchange
 from potluck.swarm.fragments import blend, decode_fragment, encode_fragment, root_mean_square
-from potluck.swarm.layout import Flat, Layout, slabs
+from potluck.swarm.layout import Flat, Layout
 from potluck.swarm.outer import OuterStep
 from potluck.swarm.parts import Part, parts_of
 from potluck.swarm.phases import Round, RoundClock
@@ -216,6 +216,8 @@ class Follower:
         # Our own node also holds commits of ours that nobody else does: those count for nobody.
         unseen = None if round_ in self._published else self._session
         drift = self.shards > 1
+        if self._puller.ranges and view.advance is None and not drift:
+            view.advance = self._advance(self._state.theta, self._state.velocity, round_)
         pulling = self._puller.pull(round_, shard, pull_by, view, drift=drift, session=unseen, late=late)
         if self._steer is None:
             return await pulling
@@ -244,8 +246,13 @@ class Follower:
 
         def step() -> tuple[ReplicaState, float, float]:
             base, distance = self._blend_fragments(own, view, round_)
+            known: Mapping[int, bytes] = {}
             if view.update is not None:
-                theta, velocity = self._step_by_segments(base, own.velocity, view.update, round_)
+                advance, view.advance = view.advance, None  # whose vectors are used again
+                if advance is None or advance.theta is not base:  # another state was loaded, or drift taken off
+                    advance = self._advance(base, own.velocity, round_)
+                theta, velocity = advance.finish(view.update)
+                known = advance.digests
             else:
                 rules, layout = self.rules, self._part(round_).layout
                 update = aggregate(
@@ -259,9 +266,8 @@ class Follower:
                     out=self._vectors.any() if rules.rule == "mean" and len(self.parts) == 1 else None,
                 )
                 theta, velocity = self._outer_step(base, own.velocity, self.codec.update_of(update, layout), round_)
-            after = ReplicaState(
-                self.module, self.layout, Round(round_ + 1), theta, velocity, own.history + len(present)
-            )
+            history = own.history + len(present)
+            after = ReplicaState(self.module, self.layout, Round(round_ + 1), theta, velocity, history, known)
             return after, distance, root_mean_square(theta - base) if shards > 1 else 0.0
 
         if present:
@@ -293,21 +299,9 @@ class Follower:
             velocity[part] = faster
         return theta, velocity
 
-    def _step_by_segments(
-        self, theta: Flat, velocity: Flat | None, update: Segments, round_: Round
-    ) -> tuple[Flat, Flat | None]:
-        """As `_outer_step`, of what is decoded slab by slab: the update is never in memory as a whole."""
-        into, faster = self._vectors.any(), self.outer.fresh(velocity)
-        for segment, piece in update:
-            for part in slabs(segment.start, segment.stop, SLAB_VALUES):
-                velocity = None if faster is None else faster[part]
-                if piece is None:
-                    into[part] = 0
-                    self.outer.move(theta[part], velocity, into[part], round_)
-                else:
-                    inside = slice(part.start - segment.start, part.stop - segment.start)
-                    self.outer.move_by(theta[part], velocity, piece, inside, into[part], round_)
-        return into, faster
+    def _advance(self, theta: Flat, velocity: Flat | None, round_: Round) -> Advance:
+        """Of what is exchanged in segments."""
+        return Advance(theta, velocity, self.outer, round_, self._puller.ranges, self._vectors.any())
 
     def _blend_fragments(self, state: ReplicaState, view: View, round_: Round) -> tuple[Flat, float]:
         if not view.fragments:

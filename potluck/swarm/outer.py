@@ -8,6 +8,7 @@ Separate elementwise float32 operations only: equal inputs give equal bits on ev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 
@@ -35,18 +36,18 @@ class OuterStep:
 
         v' = mu v + u;  theta' = theta - lr (u + mu v') with Nesterov, theta - lr v' without.
         """
-        faster = self.fresh(velocity)
+        faster = velocity.copy() if self.moves(velocity) else velocity
         self.move(theta, faster, update, round_)
         return update, faster
 
-    def fresh(self, velocity: Flat | None) -> Flat | None:
-        """A velocity that `move` may write to."""
-        return velocity if self.momentum == 0.0 or velocity is None else velocity.copy()
+    def moves(self, velocity: Flat | None) -> TypeGuard[Flat]:
+        """Whether `move` writes to it."""
+        return self.momentum != 0.0 and velocity is not None
 
     def move(self, theta: Flat, velocity: Flat | None, update: Flat, round_: int) -> None:
         """`apply` to a part of all vectors: theta of the next round is written into `update`, velocity into itself."""
         rate = np.float32(self.learning_rate)
-        if self.momentum == 0.0 or velocity is None:
+        if not self.moves(velocity):
             _step(theta, update, rate)
         else:
             _step_with_momentum(theta, velocity, update, rate, np.float32(self.momentum_at(round_)), self.nesterov)
@@ -55,7 +56,7 @@ class OuterStep:
         self, theta: Flat, velocity: Flat | None, piece: Dense | Quantized, part: slice, into: Flat, round_: int
     ) -> None:
         """As `move`, by a `part` of what is decoded on the way; theta of the next round is written into `into`."""
-        if isinstance(piece, Quantized) and (self.momentum == 0.0 or velocity is None):
+        if isinstance(piece, Quantized) and not self.moves(velocity):
             piece.move(theta, part, into, np.float32(self.learning_rate))
         else:
             piece.read(part, into)

@@ -16,6 +16,7 @@ from potluck.dht.records import Commit, Signed
 from potluck.errors import BlobUnavailable, CapTooLow, PotluckError
 from potluck.net.blobs import BlobId, BlobRef
 from potluck.net.host import PeerId
+from potluck.swarm.advance import Advance
 from potluck.swarm.codecs import Codec
 from potluck.swarm.contribution import Contribution, Segments
 from potluck.swarm.exchange import Exchange
@@ -40,6 +41,8 @@ class View:
     #: Of a sliced exchange (`sliced.py`): what was aggregated, of whom.
     update: Segments | None = None
     aggregated: set[PeerId] = field(default_factory=set)
+    #: What is made of that as it comes, if it is.
+    advance: Advance | None = None
 
     @property
     def incomplete(self) -> bool:
@@ -97,6 +100,9 @@ class Rules(Protocol):
 
 class Puller:
     """Reads groups for one replica. `in_thread` runs blocking work off the event loop; `emit` hears what happens."""
+
+    #: The parts of the flat vector of which `View.update` consists, if it does.
+    ranges: Sequence[slice] = ()
 
     def __init__(
         self,

@@ -154,8 +154,8 @@ class SlicedPuller(Puller):
         self._unfinished: _Round | None = None
         #: Until this round nobody is waited for after a deadline: it was in vain.
         self._patient_from = Round(0)
-        self._ranges = list(self._dense.parts(self._layout.size))
-        self._layouts = [self._layout.cut(part.start, part.stop) for part in self._ranges]
+        self.ranges = list(self._dense.parts(self._layout.size))
+        self._layouts = [self._layout.cut(part.start, part.stop) for part in self.ranges]
         self._scratch = Recycled(self._dense.segment_values)
 
     async def pull(
@@ -183,14 +183,14 @@ class SlicedPuller(Puller):
         commits = await self._genuine(view, began + DISPUTE_SHARE * left)
         if not commits:
             return False
-        owners = await self._in_thread(assign, len(self._ranges), commits, round_)
+        owners = await self._in_thread(assign, len(self.ranges), commits, round_)
         names = {name_of(commit): peer for peer, commit in commits.items()}
         one = _Round(round_, commits, owners, names)
         before = set(self.distrusted)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._aggregate_mine(one, raw_by, view, kept))
             for peer in sorted(set(one.owners) - before - {self._peer}):
-                group.create_task(self._take(one, peer, told_by, late))
+                group.create_task(self._take(one, peer, told_by, view, late))
             if drift:
                 for peer in sorted(commits.keys() - {self._peer}):
                     group.create_task(self._pull_fragment(peer, commits[peer], tuple(commits), pull_by, view))
@@ -211,7 +211,7 @@ class SlicedPuller(Puller):
         self._past.append(past := replace(one, pieces={}))
         if not late and (drawn := self._to_check(owners, len(commits))) is not None:
             self._unchecked.append((past, drawn))
-        heard = [one.told[segment][1] if segment in one.told else NOT_HEARD for segment in range(len(self._ranges))]
+        heard = [one.told[segment][1] if segment in one.told else NOT_HEARD for segment in range(len(self.ranges))]
         self._exchange.hear_slices(self._module, one.number, heard)
         self._unfinished = one if patient and view.incomplete else None
         return True
@@ -224,10 +224,10 @@ class SlicedPuller(Puller):
             return
         missing, told_by = self._missing(one), self._now() + LATE_TOLD_SHARE * (until - self._now())
         known = set(one.told)
-        self._emit("swarm.slices.late", round=one.number, segments=len(missing), of=len(self._ranges))
+        self._emit("swarm.slices.late", round=one.number, segments=len(missing), of=len(self.ranges))
         async with asyncio.TaskGroup() as group:
             for peer in sorted({one.owners[segment] for segment in missing} - self.distrusted - {self._peer}):
-                group.create_task(self._take(one, peer, told_by, late=True))
+                group.create_task(self._take(one, peer, told_by, view, late=True))
         came = one.told.keys() - known
         if not came:
             self._patient_from = Round(one.number + 1 + IMPATIENT_ROUNDS)
@@ -235,7 +235,7 @@ class SlicedPuller(Puller):
         self._conclude(one, view)
 
     def _conclude(self, one: _Round, view: View) -> None:
-        view.update = [(part, one.pieces.get(segment)) for segment, part in enumerate(self._ranges)]
+        view.update = [(part, one.pieces.get(segment)) for segment, part in enumerate(self.ranges)]
         view.aggregated = named_by_most([one.counted[segment] for segment in sorted(one.pieces)])
         for peer in view.aggregated:
             view.missing.pop(peer, None)
@@ -247,7 +247,7 @@ class SlicedPuller(Puller):
     async def _fill_raw(self, one: _Round, segments: Sequence[int], until: float, view: View, least: int) -> None:
         """Aggregate what nobody else did, of so many contributions at least."""
         if segments:
-            self._emit("swarm.slices.raw", round=one.number, segments=len(segments), of=len(self._ranges))
+            self._emit("swarm.slices.raw", round=one.number, segments=len(segments), of=len(self.ranges))
             await self._raw(segments, one.commits, until, partial(self._aggregate, one, least), view)
 
     async def _fetch_late(self, peer: PeerId, commit: Commit, until: float) -> None:
@@ -256,7 +256,7 @@ class SlicedPuller(Puller):
         await self._chunks(peer, commit, [(commit.size - 1) // SEGMENT_BYTES], until, lambda index, data: None)
 
     def _missing(self, one: _Round) -> list[int]:
-        return [segment for segment in range(len(self._ranges)) if segment not in one.pieces]
+        return [segment for segment in range(len(self.ranges)) if segment not in one.pieces]
 
     async def _genuine(self, view: View, until: float) -> dict[PeerId, Commit]:
         """The commits whose blobs can be theirs. The mark lies at a blob's end, and is looked at only where two commit
@@ -300,6 +300,7 @@ class SlicedPuller(Puller):
                 counted = (name for name, peer in one.names.items() if peer in parts)
                 told = Aggregated.of(counted, self._accusations)
                 self._exchange.tell_slice(self._module, one.number, segment, told, data)
+                await self._use(one, segment, view)
 
         self._exchange.begin_slices(self._module, one.number, mine, one.commits.keys())
         try:
@@ -413,7 +414,7 @@ class SlicedPuller(Puller):
 
     # ---- what others aggregated -----------------------------------------------------------------------------
 
-    async def _take(self, one: _Round, peer: PeerId, until: float, late: bool) -> None:
+    async def _take(self, one: _Round, peer: PeerId, until: float, view: View, late: bool) -> None:
         """The segments that `peer` aggregates for all. What does not come, or is no good, is pulled raw later."""
         robust = self._rules.rule != "mean"
         waiting = deque(segment for segment in one.of(peer) if segment not in one.pieces)
@@ -429,6 +430,7 @@ class SlicedPuller(Puller):
                 one.pieces[segment] = self._decoded(data, segment)
                 one.told[segment], one.counted[segment] = (members, blake3(data).digest()), members
                 one.accused[peer] = told.accused
+                group.create_task(self._use(one, segment, view))
             except PotluckError as error:
                 if peer not in one.failed:
                     what = f"{type(error).__name__}: {error}"
@@ -445,6 +447,13 @@ class SlicedPuller(Puller):
         async with asyncio.TaskGroup() as group:
             for number in range(max(1, min(WINDOW, MOST_WAITING // len(one.commits)))):
                 group.create_task(take_on(number + 1))
+
+    async def _use(self, one: _Round, segment: int, view: View) -> None:
+        """A segment that came changes the state while others are waited for: of lines that are slow. Where they are
+        fast the processor is what all wait for, and others for what it aggregates."""
+        slow = any(self._exchange.window(peer) < WINDOW for peer in one.commits if peer != self._peer)
+        if view.advance is not None and slow:
+            await self._in_thread(view.advance.take, segment, one.pieces[segment])
 
     async def _told(
         self, one: _Round, peer: PeerId, segment: int, until: float, late: bool
@@ -574,7 +583,7 @@ class SlicedPuller(Puller):
         asked = others[self._draw(len(others))]
         try:
             left = max(0.05, until - self._now())
-            heard = await self._exchange.heard_slices(asked, self._module, last.number, len(self._ranges), left)
+            heard = await self._exchange.heard_slices(asked, self._module, last.number, len(self.ranges), left)
         except PotluckError:
             return  # another one next time
         unchecked = self.distrusted | {asked}

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 
@@ -26,11 +27,13 @@ MAGIC = b"potluck.state.1\0"
 #: Values that a witness is made of, all over the parameters: who misses a part of them is found out.
 WITNESSES = 4096
 _HEADER = struct.Struct("<16s16sQQQQ")
+HEADER_BYTES: Final = _HEADER.size
 
 
 @dataclass(frozen=True, eq=False)  # equal states have equal digests; arrays have no truth value
 class ReplicaState:
-    """theta of one module at the start of `round`. `history`: contributions applied since theta_0, over all rounds."""
+    """theta of one module at the start of `round`. `history`: contributions applied since theta_0, over all rounds.
+    `known`: digests of some of its blob's chunks, if they are known already."""
 
     module: str
     layout: Layout
@@ -38,6 +41,7 @@ class ReplicaState:
     theta: Flat
     velocity: Flat | None = None
     history: int = 0
+    known: Mapping[int, bytes] = field(default_factory=dict)
 
     @property
     def header(self) -> bytes:
@@ -58,8 +62,8 @@ class ReplicaState:
 
     @cached_property
     def chunks(self) -> ChunkList:
-        """Hashes all of the state the first time (about 0.2 ms per MB): call it off the event loop."""
-        return ChunkList.of(self.buffers)
+        """Hashes what is not `known` the first time (about 0.2 ms per MB): call it off the event loop."""
+        return ChunkList.of(self.buffers, self.known)
 
     @property
     def ref(self) -> BlobRef:
@@ -70,7 +74,8 @@ class ReplicaState:
         return self.chunks.blob_id
 
     def at_round(self, round_: Round) -> ReplicaState:
-        """The same parameters, carried to a later round in which nothing was applied."""
+        """The same parameters, carried to a later round in which nothing was applied. What is `known` is so still: the
+        round's number is in the first chunk, which never is."""
         return replace(self, round=round_)
 
 
